@@ -1,0 +1,3 @@
+"""Preference alignment as a chain of stages: pretrain, SFT, reward model, DPO, KTO, evaluation."""
+
+__version__ = "0.1.0"
