@@ -1,0 +1,248 @@
+"""What a recipe must hold beyond the shape of its parts: links, sections, trainer keys, batches, evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignment.recipe.algorithms import ALGORITHMS, Algorithm, Kind
+from alignment.recipe.problems import Place, Problems, did_you_mean, shown
+from alignment.recipe.resolve import full_train, parents, resolve
+from alignment.recipe.schedule import schedule_problems
+from alignment.recipe.schema import LINK, Recipe, Stage, linked
+from alignment.recipe.trainer_keys import check_model_config, check_peft, check_train
+
+EVERYWHERE = frozenset({"algorithm", "seed", "launch"})  # sections that every algorithm takes
+KIND_IN_WORDS = {"causal-lm": "a language model", "sequence-classification": "a reward model", None: "no model"}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One stage under check: as written, as resolved, and the whole it stands in.
+
+    `order` names all stages as written, those included that had to be cut out.
+    """
+
+    recipe: Recipe
+    order: Sequence[str]
+    name: str
+    stage: Stage
+    resolved: Stage
+    row: Algorithm
+    problems: Problems
+
+    def add(self, *place: str | int, message: str) -> None:
+        self.problems.add(("stages", self.name, *place), message)
+
+
+def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> None:
+    """Add the problems of every stage.
+
+    Args:
+        recipe: the recipe without its faulty parts.
+        order: the names of all stages, the faulty ones included.
+        problems: takes what is found.
+    """
+    if recipe.model is not None and recipe.model.stage is not None:
+        problems.add(("model",), "links to a stage; write the link in the stages that start from it")
+    for file in ("deepspeed", "accelerate"):
+        _check_file(getattr(recipe.launch, file), ("launch", file), problems)
+    for name, stage in recipe.stages.items():
+        row = ALGORITHMS.get(stage.algorithm)
+        if row is None:
+            known = f"{did_you_mean(stage.algorithm, ALGORITHMS, cutoff=0.7)}; known are {', '.join(ALGORITHMS)}"
+            problems.add(("stages", name, "algorithm"), f"unknown algorithm {shown(stage.algorithm)}{known}")
+            continue
+        subject = _Subject(recipe, order, name, stage, resolve(recipe, name), row, problems)
+        _check_sections(subject)
+        _check_model(subject)
+        _check_links(subject)
+        if row.config is not None:
+            _check_trainer(subject)
+            _check_batch(subject)
+        if "models" in row.sections:
+            _check_evaluate(subject)
+
+
+def _check_file(path: str | None, place: Place, problems: Problems) -> None:
+    if path is not None and not os.path.isfile(path):
+        problems.add(place, f"no such file: {path}")
+
+
+def _check_sections(subject: _Subject) -> None:
+    """Sections the algorithm does not take, and those it cannot do without."""
+    row, stage = subject.row, subject.stage
+    for section in Stage.model_fields:
+        if section in stage.model_fields_set and section not in row.sections | EVERYWHERE:
+            taken = ", ".join(sorted(row.sections))
+            subject.add(section, message=f"is not read by the algorithm {row.name}, which takes {taken}; remove it")
+    if row.schema is not None and stage.data is None:
+        subject.add("data", message=f"is missing: {row.name} learns from it (data: {{train: [{{path: ...}}]}})")
+    if stage.launch is not None:
+        for file in ("deepspeed", "accelerate"):
+            _check_file(getattr(stage.launch, file), ("stages", subject.name, "launch", file), subject.problems)
+    for index, reward in enumerate(stage.rewards):
+        path = reward.function.rpartition(":")[0]
+        if path.endswith(".py"):
+            _check_file(path, ("stages", subject.name, "rewards", index, "function"), subject.problems)
+
+
+def _model_place(subject: _Subject) -> Place:
+    """Where the model of a stage is written: in the stage, or at the top."""
+    return ("model",) if subject.stage.model is None else ("stages", subject.name, "model")
+
+
+def _check_model(subject: _Subject) -> None:
+    """Exactly one start, of a form that the algorithm can use."""
+    row, model = subject.row, subject.resolved.model
+    if "model" not in row.sections:
+        return
+    if model is None:
+        subject.add("model", message="is missing: give it here, or at the top of the recipe for all stages")
+        return
+    place = _model_place(subject)
+    if model.init is not None:
+        if row.init:
+            check_model_config(model.init.config, (*place, "init", "config"), subject.problems)
+        else:
+            starts = ", ".join(name for name, other in ALGORITHMS.items() if other.init)
+            message = f"random weights are for {starts}; {row.name} starts from `{LINK}<name>` or `path: ...`"
+            subject.problems.add((*place, "init"), message)
+    if model.quantization is not None and subject.stage.peft is None:
+        message = f"quantized weights cannot be trained; give `peft:` in stage {subject.name}, or remove it"
+        subject.problems.add((*place, "quantization"), message)
+    if model.path is not None and model.path in subject.order and not os.path.exists(model.path):
+        subject.problems.add(place, f"no such folder: {model.path}; write {LINK}{model.path} to link to the stage")
+
+
+def _check_links(subject: _Subject) -> None:
+    """Every `stage:<name>`: it exists, runs earlier, and publishes what is wanted."""
+    stage, row = subject.stage, subject.row
+    if stage.model is not None and stage.model.stage is not None and "model" in row.sections:
+        _check_link(subject, ("model",), stage.model.stage, row.starts_from)
+    for index, text in enumerate(stage.models or ()):
+        _check_link(subject, ("models", index), linked(text), "causal-lm")
+    for index, text in enumerate(stage.scorers):
+        _check_link(subject, ("scorers", index), linked(text), "sequence-classification")
+
+
+def _check_link(subject: _Subject, place: Place, target: str | None, wanted: Kind) -> None:
+    if target is None:
+        return
+    order, name = subject.order, subject.name
+    if target not in order:
+        message = f"no stage is named {shown(target)}{did_you_mean(target, order)}"
+    elif target == name:
+        message = "links to itself; name an earlier stage"
+    elif _reaches(subject.recipe, target, name):
+        message = f"links in a circle: {target} itself builds on {name}; break one of the two links"
+    elif order.index(target) > order.index(name):
+        message = f"links to {target}, which runs later; stages run as they are written, so move {target} up"
+    else:
+        message = _wrong_kind(subject, target, wanted)
+    if message:
+        subject.add(*place, message=message)
+
+
+def _reaches(recipe: Recipe, start: str, goal: str) -> bool:
+    """Whether a stage builds on another one, directly or through others."""
+    seen, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name == goal:
+            return True
+        if name not in seen and name in recipe.stages:
+            seen.add(name)
+            waiting += parents(recipe.stages[name])
+    return False
+
+
+def _wrong_kind(subject: _Subject, target: str, wanted: Kind) -> str:
+    """What is wrong with the model that a stage publishes, and the nearest one that would do; empty if it is right."""
+    stages = subject.recipe.stages
+    row = ALGORITHMS.get(stages[target].algorithm) if target in stages else None
+    if row is None or row.publishes == wanted:
+        return ""
+    earlier = subject.order[: subject.order.index(subject.name)]
+    fit = [
+        name
+        for name in earlier
+        if name in stages and (other := ALGORITHMS.get(stages[name].algorithm)) and other.publishes == wanted
+    ]
+    origin = stages[target].model
+    best = origin.stage if origin is not None and origin.stage in fit else fit[-1] if fit else None
+    remedy = f"use {LINK}{best}" if best else "add such a stage before this one"
+    published = KIND_IN_WORDS[row.publishes]
+    return f"{target} publishes {published} ({row.name}), and {KIND_IN_WORDS[wanted]} is needed; {remedy}"
+
+
+def _check_trainer(subject: _Subject) -> None:
+    """`train:` and `peft:` key by key; then what only the whole of `train:` tells."""
+    stage, row = subject.stage, subject.row
+    sound = check_train(stage.train, row, ("stages", subject.name, "train"), subject.problems)
+    if stage.peft is not None:
+        check_peft(stage.peft, ("stages", subject.name, "peft"), subject.problems)
+    train = {key: value for key, value in stage.train.items() if key in sound}
+    full = full_train(stage.model_copy(update={"train": train}))
+    told = set()
+    for key, message in (*row.needs(full), *schedule_problems(subject.resolved, full, sound)):
+        subject.add("train", key, message=message)
+        told.add(key)
+    if full.get("sync_ref_model") and stage.peft is not None:
+        subject.add("train", "sync_ref_model", message="cannot go with peft: there is no second model to keep in step")
+    attention = subject.resolved.model.attention if subject.resolved.model is not None else ""
+    for key in ("packing", "padding_free"):
+        if full.get(key) and key not in told and not attention.startswith("flash_attention"):
+            message = (
+                f"needs `model.attention: flash_attention_2`: {attention or 'another'} attention looks across rows"
+            )
+            subject.add("train", key, message=message)
+    if full.get("packing") and full.get("max_length") is None:
+        subject.add("train", "packing", message="needs a max_length: the length of a pack")
+    place: Place = ("stages", subject.name, "train", "max_steps")
+    both = {"max_steps", "num_train_epochs"} <= sound and train["max_steps"] > 0
+    # `--set ...max_steps=10` is the usual way to try a recipe out, and says plainly what it means.
+    if both and not subject.problems.from_command_line(place):
+        subject.problems.add(place, "overrides num_train_epochs; give one of the two")
+
+
+def _check_batch(subject: _Subject) -> None:
+    """The rows of an optimizer step are whole forward passes on every process.
+
+    The number of processes of an own `accelerate` configuration is not known here; the worker repeats the check.
+    """
+    launch, batch = subject.resolved.launch, subject.resolved.batch
+    assert launch is not None
+    step = batch.per_device * launch.processes
+    least = subject.row.smallest_batch
+    if batch.per_device < least:
+        message = f"must be at least {least}: {subject.row.name} compares the rows of a forward pass"
+        subject.add("batch", "per_device", message=message)
+    whole, rest = divmod(batch.global_, step)
+    if rest and launch.accelerate is None:
+        legal = [str(rows) for rows in (whole * step, (whole + 1) * step) if rows]
+        message = (
+            f"{batch.global_} rows cannot be split over {launch.processes} processes x {batch.per_device} rows "
+            f"(batch.per_device); the nearest legal value{'s are' if whole else ' is'} {' or '.join(legal)}"
+        )
+        subject.add("batch", "global", message=message)
+
+
+def _check_evaluate(subject: _Subject) -> None:
+    """An evaluation has models, and something to measure on them."""
+    stage = subject.stage
+    if not stage.models:
+        subject.add("models", message=f"is missing: the models to compare, [{LINK}sft, ...]")
+    for index, text in enumerate(stage.models or ()):
+        if text in (stage.models or [])[:index]:
+            subject.add("models", index, message=f"names {text} twice")
+    if stage.baseline is not None and stage.models and stage.baseline not in stage.models:
+        close = did_you_mean(stage.baseline, stage.models)
+        subject.add("baseline", message=f"{stage.baseline} is not one of `models`{close}")
+    if stage.prompts is None and stage.pairs is None:
+        subject.add("prompts", message="is missing: give prompts to answer, or pairs to score")
+    if stage.scorers and stage.pairs is None:
+        subject.add("scorers", message="has nothing to score; give `pairs:`")
+    if stage.rewards and stage.prompts is None:
+        subject.add("rewards", message="has nothing to judge; give `prompts:`")

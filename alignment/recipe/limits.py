@@ -1,0 +1,125 @@
+"""Values that upstream's annotations allow and that make no sense: ranges, and choices that upstream keeps in prose.
+
+Upstream takes `learning_rate: -1`, trains zero steps with `num_train_epochs: -1`, and learns of an unknown `loss_type`
+in the first step. Every entry is tested against the installed classes: the key exists, its default is inside the
+range, and each choice stands in upstream's own source.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from alignment.recipe.problems import did_you_mean, shown
+
+
+class Range(NamedTuple):
+    """An interval of numbers; `also` is one value outside it that has a meaning of its own."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    also: float | None = None
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return (above and below) or value == self.also
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        high = f"{'below' if self.open_high else 'at most'} {self.high:g}"
+        text = low if self.high == math.inf else f"{low} and {high}"
+        return text if self.also is None else f"{text}, or {self.also:g}"
+
+
+POSITIVE = Range(0, open_low=True)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+SHARE = Range(0, 1)
+BELOW_ONE = Range(0, 1, open_high=True)
+
+TRAIN_RANGES: dict[str, Range] = {
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "max_steps": Range(1, also=-1),
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "label_smoothing_factor": BELOW_ONE,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "logging_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_accumulation_steps": AT_LEAST_ONE,
+    "torch_empty_cache_steps": AT_LEAST_ONE,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "dataloader_prefetch_factor": AT_LEAST_ONE,
+    "ddp_bucket_cap_mb": AT_LEAST_ONE,
+    "ddp_timeout": AT_LEAST_ONE,
+    "max_length": Range(2),
+    "pad_to_multiple_of": AT_LEAST_ONE,
+    "router_aux_loss_coef": NOT_NEGATIVE,
+    "beta": POSITIVE,
+    "label_smoothing": BELOW_ONE,
+    "ld_alpha": SHARE,
+    "discopop_tau": POSITIVE,
+    "loss_weights": NOT_NEGATIVE,
+    "ref_model_mixup_alpha": SHARE,
+    "ref_model_sync_steps": AT_LEAST_ONE,
+    "precompute_ref_batch_size": AT_LEAST_ONE,
+    "center_rewards_coefficient": NOT_NEGATIVE,
+    "desirable_weight": NOT_NEGATIVE,
+    "undesirable_weight": NOT_NEGATIVE,
+}
+
+PEFT_RANGES: dict[str, Range] = {
+    "r": AT_LEAST_ONE,
+    "lora_alpha": AT_LEAST_ONE,
+    "lora_dropout": BELOW_ONE,
+    "qalora_group_size": AT_LEAST_ONE,
+}
+
+# Choices that upstream states in a help text or in the trainer, by class and key ("" is every class).
+CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("DPOConfig", "loss_type"): (
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+        "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    ),
+    ("DPOConfig", "f_divergence_type"): ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    ("KTOConfig", "loss_type"): ("kto", "apo_zero_unpaired"),
+    ("", "log_level"): ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    ("", "log_level_replica"): ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    ("", "pad_to_multiple_of"): ("auto",),
+    # Other ways to start (pissa, olora, corda, loftq, eva) change the base or are no adapter of zero: algorithms.py.
+    ("LoraConfig", "init_lora_weights"): (True, "gaussian", "mica"),
+}  # fmt: skip
+
+
+def out_of_limits(config: str, key: str, value: Any) -> str | None:
+    """Say why a value of the right type is not allowed; None where it is.
+
+    Args:
+        config: the class, `package.module:Class`.
+        key: the key of `train` or `peft`.
+        value: its value; of a list, each item is checked.
+    """
+    class_name = config.partition(":")[2]
+    ranges = PEFT_RANGES if class_name == "LoraConfig" else TRAIN_RANGES
+    choices = CHOICES.get((class_name, key)) or CHOICES.get(("", key))
+    for item in value if isinstance(value, list) else [value]:
+        number = isinstance(item, int | float) and not isinstance(item, bool)
+        if number and not math.isfinite(item):
+            return f"must be finite, found {shown(item)}"
+        if number and key in ranges and item not in ranges[key]:
+            return f"must be {ranges[key]}, found {shown(item)}"
+        if choices is not None and item is not None and not number and item not in choices:
+            listed = ", ".join(shown(choice) if isinstance(choice, bool) else str(choice) for choice in choices)
+            return f"must be one of {listed}, found {shown(item)}{did_you_mean(item, map(str, choices))}"
+    return None

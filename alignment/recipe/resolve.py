@@ -1,0 +1,79 @@
+"""What a stage comes to: inherited sections filled in, all arguments of its trainer, and the stages it links to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from alignment.errors import RecipeError
+from alignment.recipe.algorithms import ALGORITHMS, OWNED
+from alignment.recipe.problems import did_you_mean
+from alignment.recipe.schema import Launch, Recipe, Section, Stage, linked
+from alignment.recipe.upstream import UNKNOWN, fields
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def resolve(recipe: Recipe, name: str) -> Stage:
+    """One stage with everything it inherits from the recipe.
+
+    `precision`, `launch` and `checkpoints` are inherited key by key; `model` as a whole, and only where the algorithm
+    takes one. `chat_template` may stay None: the model's own.
+
+    Raises:
+        RecipeError: the recipe has no stage of that name.
+    """
+    if name not in recipe.stages:
+        raise RecipeError(
+            f"no stage is named {name}{did_you_mean(name, recipe.stages)}; the recipe has {', '.join(recipe.stages)}"
+        )
+    stage = recipe.stages[name]
+    row = ALGORITHMS.get(stage.algorithm)
+    takes_model = row is None or "model" in row.sections
+    return stage.model_copy(
+        update={
+            "model": (stage.model or recipe.model) if takes_model else stage.model,
+            "seed": recipe.seed if stage.seed is None else stage.seed,
+            "precision": _inherit(stage.precision, recipe.precision),
+            "chat_template": recipe.chat_template if stage.chat_template is None else stage.chat_template,
+            "launch": _inherit(stage.launch, recipe.launch),
+            "checkpoints": _inherit(stage.checkpoints, recipe.checkpoints),
+            "report_to": recipe.report_to if stage.report_to is None else stage.report_to,
+        }
+    )
+
+
+def _inherit(own: AnySection | None, general: AnySection) -> AnySection:
+    """A stage's section over the recipe's, key by key. A stage's own way of launching replaces the recipe's other."""
+    if own is None:
+        return general
+    inherited = general.model_dump(exclude_unset=True)
+    if isinstance(own, Launch):
+        if own.accelerate is not None:
+            inherited.pop("deepspeed", None), inherited.pop("processes", None)
+        elif own.model_fields_set & {"deepspeed", "processes"}:
+            inherited.pop("accelerate", None)
+    return type(own).model_validate(inherited | own.model_dump(exclude_unset=True))
+
+
+def full_train(stage: Stage) -> dict[str, Any]:
+    """All that the trainer's configuration class will be given, without the keys that the recipe owns elsewhere.
+
+    Upstream's defaults, then the algorithm's, then the stage's `train:`, then what the algorithm fixes. Empty for an
+    algorithm that has no trainer.
+    """
+    row = ALGORITHMS[stage.algorithm]
+    if row.config is None:
+        return {}
+    known = fields(row.config)
+    defaults = {name: field.default for name, field in known.items() if field.default is not UNKNOWN}
+    given: Mapping[str, Any] = {**defaults, **row.defaults, **stage.train, **row.fixed}
+    return {name: value for name, value in given.items() if name in known and name not in OWNED}
+
+
+def parents(stage: Stage) -> list[str]:
+    """The stages that a stage links to, each once, in the order in which it names them."""
+    links = [linked(text) for text in (*(stage.models or ()), stage.baseline or "", *stage.scorers)]
+    if stage.model is not None:
+        links.insert(0, stage.model.stage)
+    return list(dict.fromkeys(link for link in links if link is not None))

@@ -1,0 +1,236 @@
+"""The typed recipe: what a user may write, and nothing else.
+
+A recipe names stages; each stage names an algorithm of the table (`algorithms.py`) and its sections. Every model here
+refuses unknown keys and is frozen. `train:` and `peft:` stay mappings: their keys are upstream's own, checked against
+the installed classes by `upstream.py`. Field descriptions are what `recipes/README.md` and the error messages show.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # no dot: `--set stages.x.y=1`
+Hook = Annotated[str, Field(pattern=r"^([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*$")]
+LINK = "stage:"
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, unknown keys refused, no value converted (`"0.1"` is not a number)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE tokenizer trained on the stage's own corpus."""
+
+    vocab_size: Annotated[int, Field(ge=260, le=1_000_000, strict=True)] = Field(
+        description="ids, special ones included"
+    )
+
+
+class InitTokenizer(Section):
+    """Where the tokenizer of a randomly initialised model comes from: `train` it, or take it from `path`."""
+
+    train: TrainTokenizer | None = None
+    path: str | None = Field(default=None, description="folder or hub name of an existing tokenizer")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InitTokenizer:
+        if (self.train is None) == (self.path is None):
+            raise ValueError("give exactly one of train, path")
+        return self
+
+
+class Init(Section):
+    """A model with random weights (`pretrain` only)."""
+
+    config: dict[str, Any] = Field(description="keys of the Transformers config class of `model_type`")
+    tokenizer: InitTokenizer
+
+
+class Quantization(Section):
+    """Frozen base weights in 4 or 8 bits (bitsandbytes); needs `peft:`."""
+
+    bits: Literal[4, 8] = 4
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+
+
+def linked(text: str) -> str | None:
+    """The stage that `stage:<name>` links to; None for a folder or hub name."""
+    return text.removeprefix(LINK) if text.startswith(LINK) else None
+
+
+class Model(Section):
+    """Which weights a stage starts from: exactly one of `stage`, `path`, `init`."""
+
+    stage: str | None = Field(default=None, description="an earlier stage of this recipe")
+    path: str | None = Field(default=None, description="a folder, or a hub name")
+    revision: str | None = Field(default=None, description="commit of the hub model")
+    init: Init | None = Field(default=None, description="random weights")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    quantization: Quantization | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        """`stage:sft` and `path-or-hub-name` are short for the mapping."""
+        if isinstance(value, str):
+            stage = linked(value)
+            return {"path": value} if stage is None else {"stage": stage}
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        given = [key for key in ("stage", "path", "init") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of stage, path, init (found {', '.join(given) or 'none'})")
+        if self.revision is not None and self.path is None:
+            raise ValueError("revision belongs to path (a hub name)")
+        return self
+
+
+class Source(Section):
+    """One source of rows: a file, a glob, a folder, or a hub name."""
+
+    path: str
+    revision: str | None = None
+    subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    split: str = Field(default="train", description="split of a hub data set or folder")
+    rows: PositiveInt | None = Field(default=None, description="take this many rows, drawn with the recipe's seed")
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="share of this source in the mixture, relative to the other weights"
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
+    format: str | None = Field(default=None, description="name of a format, where detection is not wanted")
+
+
+class DataLimits(Section):
+    """When data is too bad to train on."""
+
+    dropped: Fraction = Field(default=0.01, description="largest share of defective rows per source")
+
+
+class Data(Section):
+    """What a stage learns from."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    eval: list[Source] = Field(default_factory=list)
+    eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        default=None, description="held out of `train` with the recipe's seed, where there is no `eval`"
+    )
+    on_overlong: Literal["drop", "truncate", "error"] = Field(
+        default="drop", description="what happens to rows longer than train.max_length"
+    )
+    limits: DataLimits = Field(default_factory=lambda: DataLimits())
+    strict: bool = Field(default=False, description="stop at the first defective row")
+
+    @model_validator(mode="after")
+    def _one_eval(self) -> Data:
+        if self.eval and self.eval_fraction is not None:
+            raise ValueError("give eval or eval_fraction, not both")
+        return self
+
+
+class Batch(Section):
+    """Rows per optimizer step. Accumulation is derived from the real number of processes."""
+
+    global_: PositiveInt = Field(default=64, alias="global", description="rows per optimizer step, over all processes")
+    per_device: PositiveInt = Field(default=8, description="rows per forward pass and process")
+    per_device_eval: PositiveInt | None = Field(default=None, description="default: per_device")
+
+
+class Precision(Section):
+    """`compute` is autocast; `weights` is for frozen weights: trained ones are float32 or have a float32 master."""
+
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    weights: Literal["float32", "bfloat16"] = Field(default="float32", description="LoRA base, reference, scorers")
+
+
+class Launch(Section):
+    """How a stage is started. Not part of the fingerprint."""
+
+    processes: PositiveInt = 1
+    deepspeed: str | None = Field(default=None, description="a file of ds_configs/")
+    accelerate: str | None = Field(
+        default=None, description="an own `accelerate` configuration, instead of the two above"
+    )
+    env: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Launch:
+        if self.accelerate is not None and self.model_fields_set & {"deepspeed", "processes"}:
+            raise ValueError("accelerate names the whole launch: give it without deepspeed and processes")
+        return self
+
+
+class Checkpoints(Section):
+    """When a stage saves, and how many sealed checkpoints it keeps."""
+
+    every: PositiveInt | Literal["epoch"] = Field(default=500, description="optimizer steps, or epoch")
+    keep: PositiveInt = 2
+
+
+class Reward(Section):
+    """A Python function with TRL's reward signature: `fn(prompts, completions, **columns) -> list[float]`."""
+
+    function: Hook = Field(description="pkg.mod:fn or path/to/file.py:fn")
+    name: Name
+
+
+class Sampling(Section):
+    """How replies are drawn."""
+
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = Field(default=1.0, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0, strict=True)] = 0
+    max_new_tokens: PositiveInt = 256
+
+
+class Stage(Section):
+    """One step of the chain. Which sections an algorithm takes stands in its row of the table."""
+
+    algorithm: str = Field(description="what the stage does: pretrain, sft, reward, dpo, kto, evaluate, ...")
+    model: Model | None = None
+    data: Data | None = None
+    batch: Batch = Field(default_factory=lambda: Batch())
+    train: dict[str, Any] = Field(default_factory=dict)
+    peft: dict[str, Any] | None = None
+    # evaluate
+    models: list[str] | None = Field(default=None, description="stage:<name> or a folder, in the order of the table")
+    baseline: str | None = Field(default=None, description="the model that win rates and KL refer to")
+    scorers: list[str] = Field(default_factory=list, description="reward models whose accuracy is measured on `pairs`")
+    rewards: list[Reward] = Field(default_factory=list, description="judges; the first decides the win rate")
+    prompts: list[Source] | None = None
+    pairs: list[Source] | None = Field(default=None, description="held-out preference pairs")
+    sampling: Sampling | None = None
+    # each overrides the recipe's
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] | None = None
+    precision: Precision | None = None
+    chat_template: str | None = None
+    launch: Launch | None = None
+    checkpoints: Checkpoints | None = None
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = None
+
+
+class Recipe(Section):
+    """A named chain of stages, in the order in which they run."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 42
+    model: Model | None = Field(default=None, description="for stages that name none")
+    precision: Precision = Field(default_factory=lambda: Precision())
+    chat_template: str | None = Field(
+        default=None, description="a named template, a .jinja file, or none: the model's own"
+    )
+    launch: Launch = Field(default_factory=lambda: Launch())
+    checkpoints: Checkpoints = Field(default_factory=lambda: Checkpoints())
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    stages: Annotated[dict[StageName, Stage], Field(min_length=1)] = Field(
+        description="what runs, in this order; each stage names its `algorithm:`"
+    )
