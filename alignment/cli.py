@@ -1,0 +1,340 @@
+"""The command line: `alignment check | run | status | runs | chat | export | env`.
+
+Parsing, printing and exit codes only. Whatever imports torch is imported inside the command that needs it, so that
+`--help`, `run --dry-run`, `check --quick`, `status`, `runs` and `env` answer at once on a login node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alignment.errors import DataError, ExitCode, RecipeError, UserError
+
+EXIT_CODES = """\
+exit codes:
+  0 done   1 a stage or check failed   2 bad input or a changed recipe   3 no whole checkpoint   4 storage
+  5 in use by another process   6 not finite   7 hang   85 preempted: start it again
+"""
+
+
+def run() -> None:
+    """The `alignment` program."""
+    # Reading upstream's source makes a million small objects, none of them garbage: looking takes a tenth of a second.
+    gc.set_threshold(200_000)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code; an error of the user's is printed as its own text."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.command(arguments)
+    except UserError as error:
+        print(f"alignment: {error}", file=sys.stderr)
+        if getattr(arguments, "json", False):
+            print(json.dumps({"code": int(error.code), "error": str(error)}))
+        return int(error.code)
+    return code
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from alignment.checking import check
+    from alignment.recipe.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    found = check(recipe, quick=arguments.quick)
+    code = int(ExitCode.BAD_INPUT if found.problems else ExitCode.DONE)
+    if arguments.json:
+        print(json.dumps({"code": code, **asdict(found)}))
+        return code
+    for line in found.checked:
+        print(f"ok           {line}")
+    for line in found.unchecked:
+        print(f"not checked  {line}")
+    for line in found.problems:
+        print(f"alignment: {arguments.recipe}: {line}", file=sys.stderr)
+    print(f"{arguments.recipe}: {len(recipe.stages)} stages, {_count(len(found.problems), 'problem')}")
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from alignment.checking import missing_files
+    from alignment.pipeline.execute import Request, dry_run, execute, selected
+    from alignment.recipe.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    name = arguments.run or recipe.name
+    say = _silent if arguments.json or arguments.quiet else _say
+    if arguments.launch and not arguments.smoke:
+        raise RecipeError("--launch belongs to --smoke; a run always goes through the launcher")
+    if arguments.smoke:
+        from alignment.training.smoke import smoke
+
+        return smoke(recipe, runs=arguments.runs, run=name, launch=arguments.launch, say=say)
+    request = Request(
+        recipe=recipe, recipe_path=arguments.recipe, overrides=arguments.set, runs=arguments.runs, run=name,
+        stages=arguments.stage, until=arguments.until, allow=arguments.allow_change, force=arguments.force,
+        capture=arguments.json or arguments.quiet,
+    )  # fmt: skip
+    missing = missing_files(recipe, selected(request))
+    if missing:
+        raise DataError("\n".join(missing))
+    summary = (dry_run if arguments.dry_run else execute)(request, say)
+    for stage, result in summary["stages"].items():
+        if result.get("message") and say is _silent:
+            print(f"alignment: stage {stage}: {result['message']}", file=sys.stderr)
+    print(json.dumps(summary) if arguments.json else summary["run"])
+    return int(summary["code"])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from alignment.pipeline import overview
+
+    run, stage = overview.find(arguments.name, arguments.runs)
+    states = [overview.stage_state(run / name) for name in ([stage] if stage else overview.stage_names(run))]
+    code = next((state.code for state in states if state.code), 0)
+    if arguments.json:
+        print(json.dumps({"run": str(run), "code": code, "stages": [_plain(state) for state in states]}))
+        return code
+    for line in _table([_state_row(state) for state in states]):
+        print(line)
+    return code
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from alignment.pipeline import overview
+
+    found = {run: [overview.stage_state(run / name) for name in overview.stage_names(run)]
+             for run in overview.runs_in(arguments.runs)}  # fmt: skip
+    if arguments.json:
+        print(json.dumps({run.name: [_plain(state) for state in states] for run, states in found.items()}))
+        return 0
+    for line in _table([[run.name, *_state_row(state)] for run, states in found.items() for state in states]):
+        print(line)
+    if not found:
+        print(f"no runs in {arguments.runs}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from alignment.pipeline.overview import model_folder
+
+    folder = model_folder(arguments.name, arguments.runs)
+    from alignment.serving.chat import chat
+
+    return chat(
+        folder, system=arguments.system, temperature=arguments.temperature, top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens, seed=arguments.seed,
+    )  # fmt: skip
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from alignment.pipeline.overview import model_folder
+
+    folder = model_folder(arguments.name, arguments.runs)
+    from alignment.serving.export import export
+
+    print(export(folder, arguments.out))
+    return 0
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from alignment.environment import environment, lines
+
+    found = environment(devices=arguments.devices)
+    print(json.dumps(found) if arguments.json else "\n".join(lines(found)))
+    return 0
+
+
+# -- printing ----------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    return {**asdict(state), "folder": str(state.folder)}
+
+
+def _state_row(state: Any) -> list[str]:
+    from alignment.pipeline.describe import duration, key_metrics
+
+    progress = f"step {state.step} of {state.steps}" if state.step is not None and state.state != "done" else ""
+    time = duration(state.seconds) if state.seconds is not None else ""
+    return [state.stage, state.state, time, progress or state.message or key_metrics(state.metrics)]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alignment",
+        description="Train aligned language models as a chain of checked stages that a recipe describes.\n\n"
+        "  alignment check recipes/quickstart.yaml     is everything right, before anything runs?\n"
+        "  alignment run recipes/quickstart.yaml       run what has not run yet\n"
+        "  alignment chat quickstart                   talk to the result",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_check(commands)
+    _add_run(commands)
+    _add_inspection(commands)
+    _add_serving(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], int], summary: str, text: str, epilog: str = ""
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary}\n\n{text}", epilog=epilog + EXIT_CODES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe (YAML)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="override one key, by its full path: stages.dpo.train.beta=0.05 (may be repeated)",
+    )  # fmt: skip
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
+                        help="the folder of all run directories (default: runs)")  # fmt: skip
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
+
+
+def _add_check(commands: Any) -> None:
+    from alignment.recipe.algorithms import ALGORITHMS
+
+    width = max(map(len, ALGORITHMS))
+    rows = "".join(f"  {row.name:<{width}}  {row.summary}\n" for row in ALGORITHMS.values())
+    parser = _command(
+        commands, "check", _check, "say whether a recipe can run, without running it",
+        "The recipe, its files and the first records of each, at once; then every row, and the chat\n"
+        "template on real rows where the tokenizer is on this machine.\n\n"
+        "  alignment check recipes/quickstart.yaml --set stages.dpo.train.beta=0.05",
+        epilog=f"algorithms:\n{rows}\n",
+    )  # fmt: skip
+    _add_recipe(parser)
+    parser.add_argument("--quick", action="store_true", help="only what needs no tokenizer: well under a second")
+    _add_json(parser)
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands, "run", _run, "run the stages of a recipe that have not run yet",
+        "Finished stages are skipped, unfinished ones go on from their newest sealed checkpoint, and a\n"
+        "stage that differs from what was run is refused with the difference. The run's path is printed\n"
+        "last. Ctrl-C saves and stops; a second one stops at once.\n\n"
+        "  alignment run recipes/quickstart.yaml\n"
+        "  alignment run recipes/quickstart.yaml --run low-beta --set stages.dpo.train.beta=0.05\n"
+        "  alignment run recipes/quickstart.yaml --stage dpo --force",
+    )  # fmt: skip
+    _add_recipe(parser)
+    parser.add_argument("--run", metavar="NAME", help="name of the run directory (default: the recipe's name)")
+    _add_runs(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)")
+    which.add_argument("--until", metavar="NAME", help="all stages up to this one")
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY",
+        help="go on although this key or section changed; the manifest records it (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true",
+                        help="start changed stages again (with --stage: those), and what depends on them; "
+                        "what is there is renamed, never deleted")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print stages, status and command lines; write nothing")
+    parser.add_argument("--smoke", action="store_true",
+                        help="two steps of every stage with tiny stand-in models and rows, in RUN-smoke")  # fmt: skip
+    parser.add_argument("--launch", action="store_true", help="with --smoke: through the launcher, as a real run")
+    parser.add_argument("--quiet", action="store_true",
+                        help="print only the run's path; what the workers print goes to STAGE/output.log")  # fmt: skip
+    _add_json(parser)
+
+
+def _add_inspection(commands: Any) -> None:
+    parser = _command(
+        commands, "status", _status, "say how a run or a stage stands",
+        "Exits with the stage's own exit code (of a run: the first that is not 0), so that scripts can\n"
+        "tell 85 (start it again) from 1 (failed).\n\n  alignment status quickstart/dpo",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
+    _add_runs(parser)
+    _add_json(parser)
+    parser = _command(
+        commands, "runs", _runs, "list the runs here: stages, status, time, key metrics",
+        "The latest first.\n\n  alignment runs --runs /scratch/runs",
+    )  # fmt: skip
+    _add_runs(parser)
+    _add_json(parser)
+    parser = _command(
+        commands, "env", _env, "show versions, devices, and what is missing for what",
+        "Paste its output into a bug report.\n\n  alignment env --devices",
+    )  # fmt: skip
+    parser.add_argument("--devices", action="store_true", help="also ask torch which devices it sees (imports it)")
+    _add_json(parser)
+
+
+def _add_serving(commands: Any) -> None:
+    name = "a run (its last finished language model), a stage of one, or a model folder"
+    parser = _command(
+        commands, "chat", _chat, "talk to a trained model in the terminal",
+        "  alignment chat quickstart\n  alignment chat quickstart:sft --temperature 0",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[:STAGE]|PATH", help=name)
+    _add_runs(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default: 256)")
+    parser.add_argument("--seed", type=int, help="seed of the draws (default: a new one each time)")
+    parser = _command(
+        commands, "export", _export, "write a trained model as one plain folder, adapters merged",
+        "The folder loads with `from_pretrained` anywhere.\n\n  alignment export quickstart:dpo my-model",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[:STAGE]|PATH", help=name)
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
+    _add_runs(parser)

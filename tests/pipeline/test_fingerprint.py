@@ -1,0 +1,147 @@
+"""What is part of a stage's identity, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.errors import DataError
+from alignment.pipeline import fingerprint as fp
+from alignment.pipeline.files import digest
+
+
+@pytest.fixture
+def identity(load: Callable, look: Callable) -> Callable[..., dict[str, Any]]:
+    """The fingerprint of a stage under overrides."""
+    return lambda name, *overrides: look(load(*overrides), name).spec.fingerprint
+
+
+CHANGES = [
+    ("sft", "seed=8", "seed: 7 -> 8"),
+    ("sft", "stages.sft.seed=9", "seed: 7 -> 9"),
+    ("sft", "precision.compute=bfloat16", "precision.compute: float32 -> bfloat16"),
+    ("sft", "chat_template=zephyr", "chat_template: chatml -> zephyr"),
+    ("sft", "stages.sft.batch.global=16", "batch.global: 8 -> 16"),
+    ("sft", "stages.sft.train.learning_rate=1.0e-3", "train.learning_rate: 0.0002 -> 0.001"),
+    ("sft", "stages.sft.train.weight_decay=0.1", "train.weight_decay: 0.0 -> 0.1"),
+    ("sft", "stages.sft.data.train[0].rows=4", "data.train[0].rows: (absent) -> 4"),
+    ("sft", "stages.sft.data.on_overlong=truncate", "data.on_overlong: drop -> truncate"),
+    ("sft", "stages.sft.peft={r: 4}", "peft.r: (absent) -> 4"),
+    ("dpo", "stages.dpo.algorithm=ipo", "algorithm: dpo -> ipo"),
+    ("kto", "stages.kto.batch.per_device=2", "batch.per_device: 4 -> 2"),
+    ("evaluate", "stages.evaluate.sampling.temperature=0.5", "sampling.temperature: 1.0 -> 0.5"),
+    ("evaluate", "stages.evaluate.baseline=stage:dpo", "baseline: stage:sft -> stage:dpo"),
+]
+
+
+@pytest.mark.parametrize(("name", "override", "line"), CHANGES, ids=[change[1] for change in CHANGES])
+def test_what_changes_the_result_is_in_it(identity: Callable, name: str, override: str, line: str) -> None:
+    lines = fp.difference(identity(name), identity(name, override))
+    assert line in lines
+
+
+SAME = [
+    ("sft", "stages.sft.batch.per_device=8"),
+    ("sft", "launch.processes=2"),
+    ("sft", "launch.env={A: b}"),
+    ("sft", "checkpoints.every=3"),
+    ("sft", "report_to=[tensorboard]"),
+    ("sft", "stages.sft.train.logging_steps=1"),
+    ("sft", "stages.sft.train.gradient_checkpointing=false"),
+    ("sft", "stages.sft.train.dataloader_num_workers=1"),
+    ("sft", "stages.sft.data.limits.dropped=0.5"),
+    ("sft", "stages.sft.train.num_train_epochs=1.0"),
+    ("sft", "stages.dpo.train.beta=0.3"),
+]
+
+
+@pytest.mark.parametrize(("name", "override"), SAME, ids=[same[1] for same in SAME])
+def test_what_only_moves_work_about_is_not(identity: Callable, name: str, override: str) -> None:
+    assert fp.difference(identity(name), identity(name, override)) == []
+
+
+def test_a_key_at_its_default_may_be_written_or_not(identity: Callable) -> None:
+    assert identity("sft") == identity("sft", "stages.sft.train.lr_scheduler_type=linear")
+
+
+def test_frequencies_count_once_they_choose_the_checkpoint(identity: Callable) -> None:
+    best = ["stages.sft.data.eval_fraction=0.5", "stages.sft.train.load_best_model_at_end=true",
+            "stages.sft.train.eval_strategy=steps", "stages.sft.train.eval_steps=3", "checkpoints.every=3"]  # fmt: skip
+    other = [*best[:3], "stages.sft.train.eval_steps=2", "checkpoints.every=4"]
+    assert fp.difference(identity("sft", *best), identity("sft", *other)) == [
+        "train.checkpoints.every: 3 -> 4",
+        "train.eval_steps: 3 -> 2",
+    ]
+
+
+def test_data_counts_by_content_not_by_place(workplace: Path, identity: Callable) -> None:
+    before = identity("sft")
+    (workplace / "rows" / "sft.jsonl").rename(workplace / "moved.jsonl")
+    assert identity("sft", "stages.sft.data.train[0].path=moved.jsonl") == before
+    with open(workplace / "moved.jsonl", "a") as file:
+        file.write("\n")
+    lines = fp.difference(before, identity("sft", "stages.sft.data.train[0].path=moved.jsonl"))
+    assert len(lines) == 1
+    assert lines[0].startswith("data.train[0].content: ")
+    assert len(lines[0].rpartition(" -> ")[2]) == 12
+
+
+def test_a_folder_and_a_glob_count_every_file(workplace: Path, identity: Callable) -> None:
+    for pattern in ("rows", "rows/*.jsonl"):
+        override = f"stages.sft.data.train[0].path={pattern}"
+        before = identity("sft", override)
+        (workplace / "rows" / f"more-{len(pattern)}.jsonl").write_text("{}\n")
+        assert fp.difference(before, identity("sft", override)) != []
+
+
+def test_models_templates_and_judges_count_by_content(workplace: Path, identity: Callable) -> None:
+    def lines(name: str, path: Path, content: str, *overrides: str) -> list[str]:
+        before = identity(name, *overrides)
+        path.write_text(content)
+        return [line.partition(": ")[0] for line in fp.difference(before, identity(name, *overrides))]
+
+    (workplace / "own.jinja").write_text("{{ messages }}")
+    assert lines("sft", workplace / "base" / "model.safetensors", "others") == ["model.path"]
+    assert lines("sft", workplace / "base" / "metrics.json", "{}") == []
+    assert lines("sft", workplace / "own.jinja", "{{ messages[0] }}", "chat_template=own.jinja") == ["chat_template"]
+    assert lines("evaluate", workplace / "judge.py", "def score(): ...") == ["rewards[0].function.content"]
+
+
+def test_parents_count_by_their_fingerprint(identity: Callable) -> None:
+    before = identity("dpo")
+    assert before["parents"] == {"sft": digest(identity("sft"))}
+    changed = fp.difference(before, identity("dpo", "stages.sft.train.learning_rate=1.0e-3"))
+    assert [line.partition(": ")[0] for line in changed] == ["parents.sft"]
+
+
+def test_hub_names_count_as_they_are(identity: Callable) -> None:
+    found = identity("sft", "model={path: org/name, revision: abc}", "stages.sft.data.train[0].path=org/rows")
+    assert found["model"] == {"path": "org/name", "revision": "abc"}
+    assert found["data"]["train"] == [{"hub": "org/rows"}]
+
+
+def test_a_missing_file_is_named(workplace: Path, identity: Callable) -> None:
+    (workplace / "rows" / "sft.jsonl").unlink()
+    with pytest.raises(DataError, match=r"sft\.jsonl: no such file"):
+        identity("sft")
+
+
+def test_flatten_and_difference() -> None:
+    assert fp.flatten({"a": {"b": [1, {"c": None}], "d": {}}}) == {"a.b[0]": 1, "a.b[1].c": None, "a.d": {}}
+    old, new = {"x": {"y": 1, "gone": None}, "h": "a" * 64}, {"x": {"y": 2}, "h": "b" * 64, "new": [1]}
+    assert fp.difference(old, new) == [
+        f"h: {'a' * 12} -> {'b' * 12}", "new[0]: (absent) -> 1", "x.gone: none -> (absent)", "x.y: 1 -> 2",
+    ]  # fmt: skip
+    assert fp.difference({"h": "a" * 64}, {"h": fp.NOT_HASHED}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [("org/name", False), ("name", False), ("/x/y", True), ("./y", True), ("org/rows.jsonl", True),
+     ("rows.json.gz", True), ("a*b", True), ("rows", True)],
+)  # fmt: skip
+def test_what_is_a_local_path(workplace: Path, path: str, local: bool) -> None:
+    assert fp.is_local(path) is local
