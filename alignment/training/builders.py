@@ -1,0 +1,148 @@
+"""From a prepared stage to its trainer: one function per trainer class of the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from alignment.data.prepare import Prepared
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, set_seed
+from trl import pack_dataset
+
+from alignment.errors import RecipeError
+from alignment.models.load import DTYPES, init_policy, is_adapter, load_policy, load_scorer, resize_embeddings
+from alignment.training import trainers
+from alignment.training.context import Context
+
+
+def pretrain(ctx: Context) -> Trainer:
+    """Causal LM on blocks of text."""
+    return _sft_trainer(ctx)
+
+
+def sft(ctx: Context) -> Trainer:
+    """Causal LM on conversations; labels are -100 outside the assistant's turns."""
+    return _sft_trainer(ctx)
+
+
+def reward(ctx: Context) -> Trainer:
+    """Scorer on pairs: each answer is scored with its prompt."""
+    assert ctx.start is not None
+    set_seed(ctx.args.seed)
+    model, _ = load_scorer(ctx.start, fresh_head=True, **_loading(ctx))
+    resize_embeddings(model, ctx.tokenizer)
+    return trainers.Reward(model=model, peft_config=ctx.peft, **_common(ctx, _with_prompts))
+
+
+def dpo(ctx: Context) -> Trainer:
+    """Policy and reference on pairs."""
+    policy, reference = _policy_and_reference(ctx)
+    return trainers.DPO(model=policy, ref_model=reference, peft_config=ctx.peft, **_common(ctx))
+
+
+def kto(ctx: Context) -> Trainer:
+    """Policy and reference on single answers with a label."""
+    if ctx.args.per_device_train_batch_size < 2:
+        raise RecipeError("batch.per_device: kto pairs the rows of a forward pass with each other; give at least 2")
+    policy, reference = _policy_and_reference(ctx)
+    size, seed = ctx.args.per_device_train_batch_size, ctx.args.seed
+
+    def rotate(rows: Dataset) -> Dataset:
+        # TRL reads KTO's rows in order, so that the neighbours stay together: shuffle before they are paired.
+        return _with_mismatched(rows.shuffle(seed=seed), size)
+
+    return trainers.KTO(model=policy, ref_model=reference, peft_config=ctx.peft, **_common(ctx, rotate))
+
+
+# --- shared -------------------------------------------------------------------------------------------------------
+
+
+def _sft_trainer(ctx: Context) -> Trainer:
+    """TRL's SFTTrainer; `pretrain` and `sft` differ only in their rows."""
+
+    def pack(rows: Dataset) -> Dataset:
+        if not ctx.args.packing:
+            return rows
+        rows = rows.select_columns(["input_ids", "labels"]).shuffle(seed=ctx.args.seed)
+        return pack_dataset(rows, ctx.args.max_length, ctx.args.packing_strategy)
+
+    return trainers.SFT(model=_policy(ctx), peft_config=ctx.peft, **_common(ctx, pack))
+
+
+def _policy(ctx: Context) -> Any:
+    """The model to train: random, whole, or a parent's adapter that is trained on."""
+    set_seed(ctx.args.seed)
+    stage = ctx.spec.config
+    if ctx.start is None:
+        return init_policy(stage.model.init.config, ctx.tokenizer, attention=stage.model.attention)
+    model, _ = load_policy(ctx.start, trainable=True, **_loading(ctx))
+    if not is_adapter(ctx.start):
+        resize_embeddings(model, ctx.tokenizer)
+    return model
+
+
+def _policy_and_reference(ctx: Context) -> tuple[Any, PreTrainedModel | None]:
+    """The policy, and the reference where it is a model of its own.
+
+    Full fine-tuning: the reference is a second copy of the policy's own start, embeddings resized alike. A new
+    adapter: the reference is the base with the adapter off. An adapter that is trained on: TRL copies it to a frozen
+    adapter `ref`. In all three the first batch's log-probabilities are equal, which the first loss shows.
+    """
+    policy = _policy(ctx)
+    if ctx.peft is not None or is_adapter(ctx.start):
+        return policy, None
+    stage = ctx.spec.config
+    set_seed(ctx.args.seed)  # new embedding rows are random: the same ones for both
+    options = _loading(ctx) | {"dtype": DTYPES[stage.precision.weights]}
+    reference, _ = load_policy(ctx.start, **options)
+    resize_embeddings(reference, ctx.tokenizer)
+    return policy, reference
+
+
+def _loading(ctx: Context) -> dict[str, Any]:
+    """dtype, attention and quantization of the weights that are loaded.
+
+    Weights that are trained in full are float32 (under ZeRO with bf16 the engine keeps the float32 master); the base
+    under an adapter is frozen and may be `precision.weights`.
+    """
+    stage = ctx.spec.config
+    frozen = ctx.peft is not None or (ctx.start is not None and is_adapter(ctx.start))
+    dtype = DTYPES[stage.precision.weights] if frozen else torch.float32
+    return {
+        "dtype": dtype, "attention": stage.model.attention, "quantization": stage.model.quantization,
+        "revision": stage.model.revision,
+    }  # fmt: skip
+
+
+def _common(ctx: Context, change: Any = lambda rows: rows) -> dict[str, Any]:
+    """What every trainer is given."""
+    data: Prepared = ctx.data
+    return {
+        "args": ctx.args,
+        "train_dataset": change(data.train),
+        "eval_dataset": None if data.eval is None else change(data.eval),
+        "processing_class": ctx.tokenizer,
+    }
+
+
+def _with_prompts(rows: Dataset) -> Dataset:
+    """Pairs as the reward trainer wants them: the prompt in front of both answers."""
+
+    def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        return {
+            name: [prompt + answer for prompt, answer in zip(batch["prompt_ids"], batch[name], strict=True)]
+            for name in ("chosen_ids", "rejected_ids")
+        }
+
+    return rows.map(join, batched=True, keep_in_memory=True, remove_columns=["prompt_ids"])
+
+
+def _with_mismatched(rows: Dataset, size: int) -> Dataset:
+    """KTO's KL term: each prompt also meets the answer of its neighbour in the forward pass (rotated by one)."""
+
+    def rotate(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        answers = batch["completion_ids"]
+        return {"KL_completion_ids": [answers[-1], *answers[:-1]]}
+
+    return rows.map(rotate, batched=True, batch_size=size, keep_in_memory=True)

@@ -1,0 +1,53 @@
+"""What the builder of an algorithm is given: the stage, and what the worker has already prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alignment.recipe.algorithms import ALGORITHMS, Algorithm
+
+if TYPE_CHECKING:
+    from alignment.data.prepare import Prepared
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from alignment.pipeline.plan import StageSpec
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage, ready to be built.
+
+    Attributes:
+        spec: the stage as planned; `spec.config` is its resolved recipe section.
+        say: prints one line for the person watching (rank 0 only).
+        compute: the autocast dtype.
+        start: folder or hub name of the weights to start from; None for random ones, or a stage without a model.
+        args, tokenizer, data: None for a stage that trains nothing.
+        added_tokens: what the chat template added to the tokenizer.
+        peft: the adapter's configuration, if the stage makes a new one.
+    """
+
+    spec: StageSpec
+    say: Callable[[str], None]
+    compute: torch.dtype
+    start: str | None = None
+    args: TrainingArguments | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    data: Prepared | None = None
+    added_tokens: tuple[str, ...] = ()
+    peft: Any = None
+
+    @property
+    def row(self) -> Algorithm:
+        """The stage's row of the table."""
+        return ALGORITHMS[self.spec.config.algorithm]
+
+    def path_of(self, link: str) -> Path:
+        """The folder behind `stage:<name>`, or a path as it is."""
+        kind, _, name = link.partition(":")
+        return self.spec.parents[name] if kind == "stage" else Path(link)

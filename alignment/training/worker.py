@@ -1,0 +1,332 @@
+"""One stage under `accelerate launch`: the only place where a recipe becomes a training run.
+
+    prepare (rank 0, before any process group: tokenizer, rows, merged base) -> arguments -> model and trainer
+    -> train, with the callbacks' checks -> publish -> read back -> manifest last
+
+Rank 0 holds the stage's lock from beginning to end and writes `status.json` as its last act, because launchers do not
+pass a worker's exit code on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from alignment.data.prepare import Prepared, load_rows, prepare
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from alignment.data import templates
+from alignment.errors import ExitCode, Preempted, StorageError, UserError
+from alignment.models.adapters import lora_config, merge_to_folder
+from alignment.models.load import compute_dtype, is_adapter, load_config
+from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
+from alignment.pipeline import runs
+from alignment.pipeline.plan import StageSpec, read_stage
+from alignment.recipe.algorithms import ALGORITHMS
+from alignment.recipe.load import full_train
+from alignment.training import callbacks, handoff, publish
+from alignment.training.arguments import (
+    accumulation,
+    build_arguments,
+    is_main,
+    max_length,
+    resolve_import,
+    token_cache,
+    world_size,
+)
+from alignment.training.context import Context
+from alignment.training.quiet import quiet
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run one stage as this launch's rank; returns the exit code of the table in `errors.py`."""
+    die_with_parent()
+    quiet()
+    parser = argparse.ArgumentParser(prog="alignment.train", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="a stage.yaml written by `alignment run`, or a recipe")
+    parser.add_argument("--stage", help="with a recipe: the stage to run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with a recipe: override a key")
+    parser.add_argument("--run", help="with a recipe: name of the run directory (default: the recipe's name)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are (default: runs)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.stage is None:
+            spec = read_stage(arguments.file)
+        else:
+            spec = handoff.plan_by_hand(
+                arguments.file, arguments.stage, overrides=arguments.set, run=arguments.run, runs_folder=arguments.runs
+            )
+    except UserError as error:
+        print(f"alignment: {error}", file=sys.stderr)
+        return int(error.code)
+    return run_stage(spec)
+
+
+def die_with_parent() -> None:
+    """Get SIGTERM when the launcher dies: `accelerate launch` with one process would leave an orphan that trains on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_stage(spec: StageSpec) -> int:
+    """Run a planned stage to its end and return the exit code; the status file says the same."""
+    rank = int(os.environ.get("RANK", "0"))
+    outcome: dict[str, Any] = {"state": "failed", "code": ExitCode.FAILED, "message": ""}
+    try:
+        with runs.lock_stage(spec.output, spec.attempt, say=_say) if is_main() else nullcontext():
+            runs_status(spec, state="running", code=0)
+            try:
+                _run(spec)
+                outcome = {"state": "done", "code": ExitCode.DONE, "message": ""}
+            except Preempted as left:
+                outcome = {"state": "preempted", "code": left.code, "message": str(left)}
+            except UserError as error:
+                outcome = {"state": "failed", "code": error.code, "message": str(error)}
+            except OSError as error:
+                outcome = _storage(error)
+            except BaseException as error:
+                outcome["message"] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+                raise
+            finally:
+                runs_status(spec, rank=rank, **outcome)
+    except UserError as error:  # the lock
+        outcome = {"code": error.code, "message": str(error)}
+    if outcome["message"]:
+        where = f" (rank {rank} on {socket.gethostname()})" if world_size() > 1 else ""
+        print(f"alignment: stage {spec.stage}: {outcome['message']}{where}", file=sys.stderr)
+    return int(outcome["code"])
+
+
+def _storage(error: OSError) -> dict[str, Any]:
+    """A full disk or a lost mount is the user's to mend: one line."""
+    text = f"{error.filename or 'storage'}: {error.strerror or error}; make room or mend it, then run again"
+    return {"state": "failed", "code": StorageError.code, "message": text}
+
+
+def runs_status(spec: StageSpec, **fields: Any) -> None:
+    """Write `status.json`: rank 0 always, another rank only to report its own failure."""
+    if is_main() or fields.get("state") == "failed":
+        runs.write_status(spec.output, attempt=spec.attempt, **fields)
+
+
+def _say(text: str) -> None:
+    if is_main():
+        print(text, flush=True)
+
+
+def _run(spec: StageSpec) -> None:
+    """The stage itself."""
+    started = time.monotonic()
+    row = ALGORITHMS[spec.config.algorithm]
+    for folder in spec.parents.values():
+        runs.verify_parent(folder)
+    compute = compute_dtype(spec.config.precision.compute)
+    ctx = Context(spec=spec, say=_say, compute=compute)
+    if row.config is None:
+        metrics = resolve_import(row.build)(ctx)()
+        _finish(ctx, {"files": _plain_files(spec)}, metrics, started)
+        return
+    ctx = _prepare(ctx)
+    ctx = replace(ctx, args=build_arguments(spec, compute=compute, has_eval=ctx.data.eval is not None))
+    trainer: Trainer = resolve_import(row.build)(ctx)
+    preemption = _instrument(ctx, trainer)
+    _header(ctx, trainer)
+    checkpoint = _checkpoint(spec)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if preemption.received is not None:
+        raise Preempted(
+            f"left on signal {preemption.received} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}, saved; run the same command again to go on"
+        )
+    metrics = _metrics(ctx, trainer)
+    published = publish.publish(ctx, trainer, metrics)
+    if published is not None:
+        _finish(ctx, published, metrics, started)
+    trainer.accelerator.wait_for_everyone()
+
+
+# --- before any process group exists ------------------------------------------------------------------------------
+
+
+def _prepare(ctx: Context) -> Context:
+    """Tokenizer, rows and start weights: made by rank 0 while the others wait at a file, not in a collective."""
+    spec = ctx.spec
+    folder = spec.output / "prepared"
+    if is_main():
+        start, added = _prepare_start(ctx, folder)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        data = _rows(ctx, tokenizer)
+        handoff.ready(spec, {"start": start, "added_tokens": added})
+    else:
+        record = handoff.wait(spec)
+        start, added = record["start"], record["added_tokens"]
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        data = _rows(ctx, tokenizer)  # from the cache
+    peft = None
+    if spec.config.peft is not None:
+        scorer = ctx.row.publishes == "sequence-classification"
+        tied = bool(load_config(start, spec.config.model.revision).tie_word_embeddings)
+        peft = lora_config(spec.config.peft, scorer=scorer, added_tokens=added, tied=tied)
+    return replace(ctx, start=start, tokenizer=tokenizer, data=data, added_tokens=tuple(added), peft=peft)
+
+
+def _prepare_start(ctx: Context, folder: Path) -> tuple[str | None, list[str]]:
+    """The tokenizer on disk, and where the weights start; an adapter that is not trained on is merged first."""
+    stage, model = ctx.spec.config, ctx.spec.config.model
+    start: str | None = str(ctx.spec.parents[model.stage]) if model.stage is not None else model.path
+    if model.init is not None and model.init.tokenizer.train is not None:
+        special = templates.template(stage.chat_template).special_tokens if stage.chat_template else ()
+        data = stage.data
+        rows = load_rows(
+            data.train, "text", seed=stage.seed, strict=data.strict, limits=data.limits, say=lambda text: None
+        )
+        tokenizer = train_tokenizer((row["text"] for row in rows), model.init.tokenizer.train.vocab_size, special)
+    else:
+        source = model.init.tokenizer.path if model.init is not None else start
+        assert source is not None
+        tokenizer = load_tokenizer(source, model.revision)
+    added = fit(tokenizer, stage.chat_template, conversational=ctx.row.schema != "text")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scorer = ctx.row.publishes == "sequence-classification"
+    if start is not None and is_adapter(start) and (stage.peft is not None or scorer):
+        base = ctx.spec.output / "base"
+        ctx.say(f"  merging the adapter {start} into its base: {base}")
+        merge_to_folder(Path(start), base)
+        start = str(base)
+    return start, added
+
+
+def _rows(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The stage's token tables, from the cache where they are there already."""
+    assert ctx.row.schema is not None
+    return prepare(
+        ctx.spec.config,
+        ctx.row.schema,
+        tokenizer,
+        max_length=max_length(ctx.spec.config),
+        cache=token_cache(ctx.spec),
+        say=ctx.say,
+    )
+
+
+# --- around training ----------------------------------------------------------------------------------------------
+
+
+def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
+    """Add our callbacks, remove upstream's printers, and make trained weights float32."""
+    spec, row = ctx.spec, ctx.row
+    _float32_where_trained(trainer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    preemption = callbacks.Preemption(trainer.args.device)
+    expected = row.expected_first_loss(full_train(spec.config))
+    wait: Callable[[], None] = trainer.accelerator.wait_for_everyone
+    for callback in (
+        preemption,
+        callbacks.FirstStep(trainer, expected, _say),
+        callbacks.Log(spec.output / runs.LOG, row.metric),
+        callbacks.Progress(spec.stage, row.metric),
+        callbacks.Seal(fingerprint_sha256=spec.fingerprint_sha256, keep=spec.config.checkpoints.keep, wait=wait),
+    ):
+        trainer.add_callback(callback)
+    return preemption
+
+
+def _float32_where_trained(trainer: Trainer) -> None:
+    """AdamW on bfloat16 weights loses most of its updates: at learning rate 5e-7, 99 of 100.
+
+    TRL casts a quantized model's adapter to bfloat16; ZeRO keeps its own float32 master and is left alone.
+    """
+    if trainer.is_deepspeed_enabled:
+        return
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+        assert not parameter.requires_grad or parameter.dtype == torch.float32, name
+
+
+def _checkpoint(spec: StageSpec) -> Path | None:
+    """The newest whole checkpoint; what is passed over is said."""
+    found, passed_over = runs.latest_sealed(spec.output, spec.fingerprint_sha256)
+    for line in passed_over:
+        _say(f"  passed over {line}")
+    if found is not None:
+        _say(f"  resuming from {found.name}")
+    return found
+
+
+def _header(ctx: Context, trainer: Trainer) -> None:
+    """What goes in, what comes out, how much is trained."""
+    spec, stage = ctx.spec, ctx.spec.config
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, flag in sizes if flag)
+    processes = world_size()
+    precision = "bfloat16" if ctx.compute == torch.bfloat16 else "float32"
+    report = ctx.data.report["train"]
+    _say(f"  from      {stage.model.stage or ctx.start or 'random weights'}")
+    _say(f"  to        {spec.output}")
+    tokens = f"{report['trained_tokens']:,} trained of {report['tokens']:,} tokens"
+    _say(f"  rows      {len(ctx.data.train):,} (read {sum(s['rows_in'] for s in report['sources']):,}), {tokens}")
+    _say(f"  trains    {trained:,} of {total:,} parameters, computes in {precision}")
+    _say(
+        f"  batch     {stage.batch.global_} rows = {processes} x {stage.batch.per_device} x "
+        f"{accumulation(stage, processes)} (processes x per_device x accumulation)"
+    )
+
+
+def _metrics(ctx: Context, trainer: Trainer) -> dict[str, float]:
+    """The numbers of the stage: the last evaluation, and the mean training loss, under TRL's names."""
+    metrics: dict[str, float] = {}
+    if ctx.data.eval is not None:
+        metrics |= trainer.evaluate()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if history:
+        last = history[-1]
+        metrics |= {key: value for key, value in last.items() if isinstance(value, float) and key != "epoch"}
+    return {key: float(value) for key, value in metrics.items() if not key.endswith(callbacks.UNDER_TIME)}
+
+
+def _plain_files(spec: StageSpec) -> dict[str, dict[str, Any]]:
+    """The files of a stage that publishes no model: what it left beside our own records."""
+    ours = {runs.STAGE, runs.STATUS, runs.LOG, runs.METRICS, runs.MANIFEST, runs.OUTPUT, "lock"}
+    return {name: entry for name, entry in runs.settle(spec.output).items() if name not in ours}
+
+
+def _finish(ctx: Context, published: dict[str, Any], metrics: dict[str, float], started: float) -> None:
+    """metrics.json, then the manifest: from here on the stage is done."""
+    spec, stage = ctx.spec, ctx.spec.config
+    runs.write_json(spec.output / runs.METRICS, metrics)
+    batch = None
+    if ctx.args is not None:
+        processes = world_size()
+        batch = {
+            "global": stage.batch.global_, "per_device": stage.batch.per_device, "processes": processes,
+            "accumulation": accumulation(stage, processes),
+        }  # fmt: skip
+    if not is_main():
+        return
+    record = publish.manifest(
+        spec,
+        published,
+        kind=ctx.row.publishes,
+        data=None if ctx.data is None else ctx.data.report,
+        batch=batch,
+        metrics=metrics,
+    )
+    runs.write_manifest(spec.output, record | {"time": {"seconds": round(time.monotonic() - started, 1)}})
