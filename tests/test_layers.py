@@ -21,7 +21,16 @@ BELOW = {
     "serving": {"errors", "recipe", "pipeline", "data", "models"},
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "numpy", "pyarrow"}
-TORCH_FREE = ("recipe", "pipeline", "cli.py", "__main__.py", "environment.py", "checking.py", "errors.py", "__init__.py")
+TORCH_FREE = (
+    "recipe",
+    "pipeline",
+    "cli.py",
+    "__main__.py",
+    "environment.py",
+    "checking.py",
+    "errors.py",
+    "__init__.py",
+)
 
 
 def modules(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,15 +45,20 @@ def details(recipe: Recipe, plan: StagePlan) -> list[str]:
     """What is decided for one stage: models, trainer keys, batch, what is inherited and overridden."""
     stage = plan.spec.config
     row = ALGORITHMS[stage.algorithm]
-    lines = [f"  models     {', '.join(f'{role.name} ({_trained(role.trained)})' for role in row.roles)}"]
+    entries = {"models": ", ".join(f"{role.name} ({_trained(role.trained)})" for role in row.roles)}
     if row.config is not None:
-        lines += [f"  train      {_train(stage, row)}", f"  batch      {_batch(stage)}"]
+        entries |= {"train": _train(stage, row), "batch": _batch(stage)}
     inherited, overridden = _origins(recipe, recipe.stages[plan.spec.stage], row)
-    lines += [f"  inherits   {', '.join(inherited)}"] if inherited else []
-    lines += [f"  overrides  {', '.join(overridden)}"] if overridden else []
-    lines += [f"  allowed    {line}" for line in plan.spec.forced]
-    lines += [f"  {key} not hashed yet" for key in plan.unhashed if not key.startswith("parents.")]
-    return lines
+    entries |= {"inherits": ", ".join(inherited), "overrides": ", ".join(overridden)}
+    lines = [line for label, text in entries.items() if text for line in _entry(label, text)]
+    lines += [line for change in plan.spec.forced for line in _entry("allowed", change)]
+    return lines + [f"  {key} not hashed yet" for key in plan.unhashed if not key.startswith("parents.")]
+
+
+def _entry(label: str, text: str) -> list[str]:
+    """A label and its text, wrapped under itself at 110 columns."""
+    wrapped = textwrap.wrap(text, 97, break_on_hyphens=False)
+    return [f"  {label if not number else '':<10} {line}" for number, line in enumerate(wrapped)]
 
 
 def key_metrics(metrics: Mapping[str, Any], limit: int = 4) -> str:

@@ -37,7 +37,7 @@ from alignment.pipeline.fingerprint import (
 from alignment.pipeline.locks import refuse_if_held
 from alignment.pipeline.runs import RECIPE, STAGE, new_attempt, read_manifest, verify_parent, write_manifest
 from alignment.recipe.load import parents, resolve
-from alignment.recipe.schema import Recipe, Stage, linked
+from alignment.recipe.schema import Recipe, Resolved, Stage, linked
 
 SCHEMA = 1  # of stage.yaml
 
@@ -62,7 +62,7 @@ class StageSpec:
     run: str
     stage: str
     output: Path
-    config: Stage
+    config: Resolved
     parents: dict[str, Path]
     fingerprint: dict[str, Any]
     attempt: str
@@ -255,7 +255,7 @@ def _covers(allowed: str, line: str) -> bool:
 # -- stage.yaml --------------------------------------------------------------------------------------------------------
 
 
-def locate(stage: Stage) -> Stage:
+def locate(stage: Resolved) -> Resolved:
     """The stage with every local path absolute, from the folder in which the command is typed."""
 
     def absolute(path: str) -> str:
@@ -283,11 +283,11 @@ def locate(stage: Stage) -> Stage:
         content["chat_template"] = os.path.abspath(os.path.expanduser(content["chat_template"]))
     for key in {"deepspeed", "accelerate"} & content.get("launch", {}).keys():
         content["launch"][key] = os.path.abspath(os.path.expanduser(content["launch"][key]))
-    return Stage.model_validate(content)
+    return Resolved.model_validate(content)
 
 
 def _plain(stage: Stage) -> dict[str, Any]:
-    """A stage as plain values, defaults written out, that `Stage.model_validate` takes back."""
+    """A stage as plain values, defaults written out, that `Resolved.model_validate` takes back."""
     content = stage.model_dump(mode="json", by_alias=True, exclude_none=True)
     if "accelerate" in content.get("launch", {}):
         content["launch"].pop("processes", None)  # a default, which the schema would take for the user's
@@ -331,7 +331,7 @@ def read_stage(path: Path) -> StageSpec:
             run=content["run"],
             stage=content["stage"],
             output=Path(content["output"]),
-            config=Stage.model_validate(content["config"]),
+            config=Resolved.model_validate(content["config"]),
             parents={name: Path(folder) for name, folder in content["parents"].items()},
             fingerprint=content["fingerprint"],
             attempt=content["attempt"],

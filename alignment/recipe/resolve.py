@@ -8,17 +8,18 @@ from typing import Any, TypeVar
 from alignment.errors import RecipeError
 from alignment.recipe.algorithms import ALGORITHMS, OWNED
 from alignment.recipe.problems import did_you_mean
-from alignment.recipe.schema import Launch, Recipe, Section, Stage, linked
+from alignment.recipe.schema import Launch, Recipe, Resolved, Section, Stage, linked
 from alignment.recipe.upstream import UNKNOWN, fields
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def resolve(recipe: Recipe, name: str) -> Stage:
+def resolve(recipe: Recipe, name: str) -> Resolved:
     """One stage with everything it inherits from the recipe.
 
     `precision`, `launch` and `checkpoints` are inherited key by key; `model` as a whole, and only where the algorithm
-    takes one. `chat_template` may stay None: the model's own.
+    takes one. `chat_template` may stay None: the model's own. A stage that trains nothing runs in one process: of
+    `launch` it inherits `env`.
 
     Raises:
         RecipeError: the recipe has no stage of that name.
@@ -30,17 +31,18 @@ def resolve(recipe: Recipe, name: str) -> Stage:
     stage = recipe.stages[name]
     row = ALGORITHMS.get(stage.algorithm)
     takes_model = row is None or "model" in row.sections
-    return stage.model_copy(
-        update={
-            "model": (stage.model or recipe.model) if takes_model else stage.model,
-            "seed": recipe.seed if stage.seed is None else stage.seed,
-            "precision": _inherit(stage.precision, recipe.precision),
-            "chat_template": recipe.chat_template if stage.chat_template is None else stage.chat_template,
-            "launch": _inherit(stage.launch, recipe.launch),
-            "checkpoints": _inherit(stage.checkpoints, recipe.checkpoints),
-            "report_to": recipe.report_to if stage.report_to is None else stage.report_to,
-        }
-    )
+    launch = _inherit(stage.launch, recipe.launch)
+    own = {key: getattr(stage, key) for key in stage.model_fields_set}
+    inherited = {
+        "model": (stage.model or recipe.model) if takes_model else stage.model,
+        "seed": recipe.seed if stage.seed is None else stage.seed,
+        "precision": _inherit(stage.precision, recipe.precision),
+        "chat_template": recipe.chat_template if stage.chat_template is None else stage.chat_template,
+        "launch": launch if row is None or row.config is not None else Launch(env=launch.env),
+        "checkpoints": _inherit(stage.checkpoints, recipe.checkpoints),
+        "report_to": recipe.report_to if stage.report_to is None else stage.report_to,
+    }
+    return Resolved(**own | inherited)
 
 
 def _inherit(own: AnySection | None, general: AnySection) -> AnySection:

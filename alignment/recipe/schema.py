@@ -218,6 +218,16 @@ class Stage(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
 
+class Resolved(Stage):
+    """A stage with everything it inherits filled in (see `resolve`); `chat_template` may stay None: the model's own."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    precision: Precision
+    launch: Launch
+    checkpoints: Checkpoints
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]]
+
+
 class Recipe(Section):
     """A named chain of stages, in the order in which they run."""
 

@@ -72,7 +72,7 @@ def build_arguments(spec: StageSpec, *, compute: torch.dtype, has_eval: bool) ->
     """
     stage = spec.config
     row = ALGORITHMS[stage.algorithm]
-    assert row.config is not None and stage.checkpoints is not None
+    assert row.config is not None
     config = resolve_import(row.config)
     values = full_train(stage) | ALWAYS | _owned(spec, compute)
     values |= {key: value for key, value in WHERE_PRESENT.items() if key in config.__dataclass_fields__}
@@ -90,7 +90,6 @@ def build_arguments(spec: StageSpec, *, compute: torch.dtype, has_eval: bool) ->
 def _owned(spec: StageSpec, compute: torch.dtype) -> dict[str, Any]:
     """The fields that follow from other sections of the recipe."""
     stage, processes = spec.config, world_size()
-    assert stage.checkpoints is not None
     by_epoch = stage.checkpoints.every == "epoch"
     on_cpu = not torch.cuda.is_available()
     sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from alignment.data.prepare import Prepared
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 from trl import pack_dataset
@@ -73,9 +72,9 @@ def _sft_trainer(ctx: Context) -> Trainer:
 def _policy(ctx: Context) -> Any:
     """The model to train: random, whole, or a parent's adapter that is trained on."""
     set_seed(ctx.args.seed)
-    stage = ctx.spec.config
     if ctx.start is None:
-        return init_policy(stage.model.init.config, ctx.tokenizer, attention=stage.model.attention)
+        assert ctx.model.init is not None
+        return init_policy(ctx.model.init.config, ctx.tokenizer, attention=ctx.model.attention)
     model, _ = load_policy(ctx.start, trainable=True, **_loading(ctx))
     if not is_adapter(ctx.start):
         resize_embeddings(model, ctx.tokenizer)
@@ -89,12 +88,12 @@ def _policy_and_reference(ctx: Context) -> tuple[Any, PreTrainedModel | None]:
     adapter: the reference is the base with the adapter off. An adapter that is trained on: TRL copies it to a frozen
     adapter `ref`. In all three the first batch's log-probabilities are equal, which the first loss shows.
     """
+    assert ctx.start is not None
     policy = _policy(ctx)
     if ctx.peft is not None or is_adapter(ctx.start):
         return policy, None
-    stage = ctx.spec.config
     set_seed(ctx.args.seed)  # new embedding rows are random: the same ones for both
-    options = _loading(ctx) | {"dtype": DTYPES[stage.precision.weights]}
+    options = _loading(ctx) | {"dtype": DTYPES[ctx.spec.config.precision.weights]}
     reference, _ = load_policy(ctx.start, **options)
     resize_embeddings(reference, ctx.tokenizer)
     return policy, reference
@@ -106,22 +105,21 @@ def _loading(ctx: Context) -> dict[str, Any]:
     Weights that are trained in full are float32 (under ZeRO with bf16 the engine keeps the float32 master); the base
     under an adapter is frozen and may be `precision.weights`.
     """
-    stage = ctx.spec.config
+    model = ctx.model
     frozen = ctx.peft is not None or (ctx.start is not None and is_adapter(ctx.start))
-    dtype = DTYPES[stage.precision.weights] if frozen else torch.float32
+    dtype = DTYPES[ctx.spec.config.precision.weights] if frozen else torch.float32
     return {
-        "dtype": dtype, "attention": stage.model.attention, "quantization": stage.model.quantization,
-        "revision": stage.model.revision,
+        "dtype": dtype, "attention": model.attention, "quantization": model.quantization,
+        "revision": model.revision,
     }  # fmt: skip
 
 
 def _common(ctx: Context, change: Any = lambda rows: rows) -> dict[str, Any]:
     """What every trainer is given."""
-    data: Prepared = ctx.data
     return {
         "args": ctx.args,
-        "train_dataset": change(data.train),
-        "eval_dataset": None if data.eval is None else change(data.eval),
+        "train_dataset": change(ctx.rows.train),
+        "eval_dataset": None if ctx.rows.eval is None else change(ctx.rows.eval),
         "processing_class": ctx.tokenizer,
     }
 

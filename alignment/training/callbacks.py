@@ -94,6 +94,11 @@ class Log(TrainerCallback):
         kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= state.global_step]
         runs.write_text(self.path, "".join(f"{line}\n" for line in kept if state.global_step > 0))
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The last step is always logged, however few there are."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

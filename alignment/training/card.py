@@ -14,7 +14,8 @@ from alignment.recipe.algorithms import ALGORITHMS
 def card(spec: StageSpec, model: dict[str, Any], metrics: dict[str, float]) -> str:
     """The text of `README.md` in a published folder; paths and metrics as they were, nothing guessed."""
     stage, row = spec.config, ALGORITHMS[spec.config.algorithm]
-    source = (stage.model.stage and f"stage `{stage.model.stage}`") or stage.model.path or "random weights"
+    assert stage.model is not None
+    source = f"stage `{stage.model.stage}`" if stage.model.stage else stage.model.path or "random weights"
     data = "\n".join(f"- `{source_.path}`" for source_ in (stage.data.train if stage.data else []))
     numbers = "\n".join(f"| `{key}` | {value:.4g} |" for key, value in sorted(metrics.items()))
     settings = yaml.safe_dump({"train": dict(stage.train), "peft": stage.peft}, sort_keys=True)

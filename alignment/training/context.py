@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignment.recipe.algorithms import ALGORITHMS, Algorithm
+from alignment.recipe.schema import Model
 
 if TYPE_CHECKING:
     from alignment.data.prepare import Prepared
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
-
     from alignment.pipeline.plan import StageSpec
 
 
@@ -36,11 +35,23 @@ class Context:
     say: Callable[[str], None]
     compute: torch.dtype
     start: str | None = None
-    args: TrainingArguments | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    args: Any = None  # the instance of the row's config class
+    tokenizer: Any = None
     data: Prepared | None = None
     added_tokens: tuple[str, ...] = ()
     peft: Any = None
+
+    @property
+    def model(self) -> Model:
+        """The `model:` section of a stage that trains."""
+        assert self.spec.config.model is not None
+        return self.spec.config.model
+
+    @property
+    def rows(self) -> Prepared:
+        """The token tables of a stage that trains."""
+        assert self.data is not None
+        return self.data
 
     @property
     def row(self) -> Algorithm:

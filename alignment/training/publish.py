@@ -162,13 +162,13 @@ def _read_back(folder: Path, ctx: Context, probe: torch.Tensor, trained: torch.T
     Weights that went through bfloat16 on their way (ZeRO gathers 16 bits, a bfloat16 base) may differ by its rounding.
     """
     loader = load_scorer if ctx.row.publishes == "sequence-classification" else load_policy
-    model, tokenizer = loader(folder, attention=ctx.spec.config.model.attention)
+    model, tokenizer = loader(folder, attention=ctx.model.attention)
     if _probe(tokenizer).tolist() != probe.tolist():
         raise ModelError(f"{ctx.spec.output}: the saved tokenizer gives other ids than the trained one")
     with torch.no_grad():
         read = _forward(model, probe)
     exact = ctx.compute == torch.float32 and ctx.spec.config.precision.weights == "float32"
-    quantized = ctx.spec.config.model.quantization is not None
+    quantized = ctx.model.quantization is not None
     tolerance = 1e-4 if exact and not quantized else 0.05
     scale = max(1.0, float(trained.abs().max()))
     error = float((read - trained).abs().max()) / scale

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alignment.data.prepare import Prepared, load_rows, prepare
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignment.data import templates
+from alignment.data.prepare import Prepared, load_rows, prepare
 from alignment.errors import ExitCode, Preempted, StorageError, UserError
 from alignment.models.adapters import lora_config, merge_to_folder
 from alignment.models.load import compute_dtype, is_adapter, load_config
@@ -143,7 +143,7 @@ def _run(spec: StageSpec) -> None:
         _finish(ctx, {"files": _plain_files(spec)}, metrics, started)
         return
     ctx = _prepare(ctx)
-    ctx = replace(ctx, args=build_arguments(spec, compute=compute, has_eval=ctx.data.eval is not None))
+    ctx = replace(ctx, args=build_arguments(spec, compute=compute, has_eval=ctx.rows.eval is not None))
     trainer: Trainer = resolve_import(row.build)(ctx)
     preemption = _instrument(ctx, trainer)
     _header(ctx, trainer)
@@ -181,18 +181,20 @@ def _prepare(ctx: Context) -> Context:
     peft = None
     if spec.config.peft is not None:
         scorer = ctx.row.publishes == "sequence-classification"
-        tied = bool(load_config(start, spec.config.model.revision).tie_word_embeddings)
+        assert start is not None  # the planner refuses an adapter on random weights
+        tied = bool(load_config(start, ctx.model.revision).tie_word_embeddings)
         peft = lora_config(spec.config.peft, scorer=scorer, added_tokens=added, tied=tied)
     return replace(ctx, start=start, tokenizer=tokenizer, data=data, added_tokens=tuple(added), peft=peft)
 
 
 def _prepare_start(ctx: Context, folder: Path) -> tuple[str | None, list[str]]:
     """The tokenizer on disk, and where the weights start; an adapter that is not trained on is merged first."""
-    stage, model = ctx.spec.config, ctx.spec.config.model
+    stage, model = ctx.spec.config, ctx.model
     start: str | None = str(ctx.spec.parents[model.stage]) if model.stage is not None else model.path
     if model.init is not None and model.init.tokenizer.train is not None:
         special = templates.template(stage.chat_template).special_tokens if stage.chat_template else ()
         data = stage.data
+        assert data is not None
         rows = load_rows(
             data.train, "text", seed=stage.seed, strict=data.strict, limits=data.limits, say=lambda text: None
         )
@@ -273,33 +275,32 @@ def _checkpoint(spec: StageSpec) -> Path | None:
 
 def _header(ctx: Context, trainer: Trainer) -> None:
     """What goes in, what comes out, how much is trained."""
-    spec, stage = ctx.spec, ctx.spec.config
+    spec = ctx.spec
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, flag in sizes if flag)
-    processes = world_size()
     precision = "bfloat16" if ctx.compute == torch.bfloat16 else "float32"
-    report = ctx.data.report["train"]
-    _say(f"  from      {stage.model.stage or ctx.start or 'random weights'}")
-    _say(f"  to        {spec.output}")
+    report = ctx.rows.report["train"]
+    _say(f"  from       {ctx.model.stage or ctx.start or 'random weights'}")
+    _say(f"  to         {spec.output}")
     tokens = f"{report['trained_tokens']:,} trained of {report['tokens']:,} tokens"
-    _say(f"  rows      {len(ctx.data.train):,} (read {sum(s['rows_in'] for s in report['sources']):,}), {tokens}")
-    _say(f"  trains    {trained:,} of {total:,} parameters, computes in {precision}")
-    _say(
-        f"  batch     {stage.batch.global_} rows = {processes} x {stage.batch.per_device} x "
-        f"{accumulation(stage, processes)} (processes x per_device x accumulation)"
-    )
+    _say(f"  rows       {len(ctx.rows.train):,} (read {sum(s['rows_in'] for s in report['sources']):,}), {tokens}")
+    _say(f"  trains     {trained:,} of {total:,} parameters, computes in {precision}")
 
 
 def _metrics(ctx: Context, trainer: Trainer) -> dict[str, float]:
-    """The numbers of the stage: the last evaluation, and the mean training loss, under TRL's names."""
+    """The numbers of the stage under TRL's names: the evaluation of what is published, and the last training log."""
+    history = trainer.state.log_history
     metrics: dict[str, float] = {}
-    if ctx.data.eval is not None:
-        metrics |= trainer.evaluate()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if history:
-        last = history[-1]
-        metrics |= {key: value for key, value in last.items() if isinstance(value, float) and key != "epoch"}
-    return {key: float(value) for key, value in metrics.items() if not key.endswith(callbacks.UNDER_TIME)}
+    if ctx.rows.eval is not None:
+        last = [entry for entry in history if "eval_loss" in entry][-1:]
+        current = last and last[0]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        metrics |= last[0] if current else trainer.evaluate()
+    metrics |= next((entry for entry in reversed(history) if "loss" in entry), {})
+    return {
+        key: float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and key not in ("epoch", "step") and not key.endswith(callbacks.UNDER_TIME)
+    }
 
 
 def _plain_files(spec: StageSpec) -> dict[str, dict[str, Any]]:

@@ -114,7 +114,9 @@ def test_a_broken_model_folder_is_one_clear_line(fault: str, tiny_policy: Path, 
     assert text.startswith(f"{folder}: ")
     assert "\n" not in text
     if fault == "missing tensor":
-        assert text == f"{folder}: 1 tensors are missing from its weights, the first is model.layers.1.mlp.up_proj.weight"
+        assert (
+            text == f"{folder}: 1 tensors are missing from its weights, the first is model.layers.1.mlp.up_proj.weight"
+        )
 
 
 def test_a_pickle_of_weights_is_not_opened(tiny_policy: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from alignment.errors import ChainError, LockedError
 from alignment.pipeline import fingerprint, runs
 from alignment.pipeline import plan as planning
 from alignment.pipeline.locks import lock
+from alignment.recipe.schema import Launch
 
 
 def test_a_stage_from_fresh_to_done(load: Callable, look: Callable, finish: Callable) -> None:
@@ -58,14 +59,15 @@ def test_stage_yaml_round_trip(load: Callable, look: Callable) -> None:
 def test_stage_yaml_holds_absolute_paths_and_links_as_written(workplace: Path, load: Callable, look: Callable) -> None:
     (workplace / "own.jinja").write_text("x")
     (workplace / "ds.json").write_text("{}")
-    spec = look(load("chat_template=own.jinja", "launch.deepspeed=ds.json"), "evaluate").spec
+    recipe = load("chat_template=own.jinja", "launch.deepspeed=ds.json", "launch.env={A: b}")
+    spec = look(recipe, "evaluate").spec
     stage = spec.config
     assert stage.rewards[0].function == f"{workplace}/judge.py:score"
     assert stage.prompts is not None
     assert stage.prompts[0].path == f"{workplace}/rows/prompts.jsonl"
     assert stage.models == ["stage:sft", "stage:dpo"]
-    assert stage.launch is not None
-    assert stage.launch.deepspeed == f"{workplace}/ds.json"
+    assert stage.launch == Launch(env={"A": "b"})  # what trains nothing runs in one process
+    assert look(recipe, "sft").spec.config.launch.deepspeed == f"{workplace}/ds.json"
     assert stage.chat_template == f"{workplace}/own.jinja"
     assert spec.parents == {name: workplace / "runs" / "small" / name for name in ("sft", "dpo")}
     assert spec.output == workplace / "runs" / "small" / "evaluate"

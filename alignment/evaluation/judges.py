@@ -1,0 +1,131 @@
+"""Judges: Python functions that score replies, with TRL's reward-function signature.
+
+    def score(prompts, completions, **columns) -> list[float]
+
+A judge is called once with lists: the prompts, the completions as conversations (`[{"role": "assistant", "content":
+...}]`), every other column of the rows by its name, and `finished`, whether each reply ended with a stop token. NaN
+or None means that it does not apply to a row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from alignment.errors import RecipeError, UserError
+from alignment.evaluation.metrics import Floats
+from alignment.recipe.schema import Reward
+
+Row = Mapping[str, Any]
+Function = Callable[..., Sequence[float | None]]
+
+
+class JudgeError(UserError):
+    """A judge that fails, or returns something other than one number per reply."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A named scoring function."""
+
+    name: str
+    function: Function
+    source: str  # as the recipe names it
+
+
+def load_judge(reward: Reward) -> Judge:
+    """Import the function that a recipe's reward names: `pkg.mod:fn` or `path/file.py:fn`.
+
+    Raises:
+        RecipeError: no such file, module or function, or importing it fails.
+    """
+    where, _, attribute = reward.function.rpartition(":")
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise RecipeError(f"rewards: {reward.function}: cannot be imported ({_describe(error)})") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise RecipeError(f"rewards: {reward.function}: {where} has no function {attribute}")
+    return Judge(reward.name, function, reward.function)
+
+
+def judge_replies(judge: Judge, rows: Sequence[Row], replies: Sequence[str], finished: Sequence[bool]) -> Floats:
+    """The judge's score of each reply (N,), NaN where it does not apply.
+
+    Raises:
+        JudgeError: it raised, or did not return one finite number (or NaN, or None) per reply; names function and row.
+    """
+    try:
+        scores = _call(judge, rows, replies, finished)
+    except Exception as error:  # a user's function may raise anything
+        where = _failing_row(judge, rows, replies, finished)
+        raise JudgeError(f"rewards: {judge.source} failed on {where}: {_describe(error)}") from error
+    try:
+        count = len(scores)
+    except TypeError:
+        found = type(scores).__name__
+        raise JudgeError(f"rewards: {judge.source} must return a list of numbers, it returned {found}") from None
+    if count != len(rows):
+        raise JudgeError(f"rewards: {judge.source} returned {count} values for {len(rows)} replies")
+    return np.array([_number(judge, rows, index, score) for index, score in enumerate(scores)], dtype=np.float64)
+
+
+def _call(judge: Judge, rows: Sequence[Row], replies: Sequence[str], finished: Sequence[bool]) -> Any:
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "finished"))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    completions = [[{"role": "assistant", "content": reply}] for reply in replies]
+    prompts = [row["prompt"] for row in rows]
+    return judge.function(prompts=prompts, completions=completions, finished=list(finished), **columns)
+
+
+def _failing_row(judge: Judge, rows: Sequence[Row], replies: Sequence[str], finished: Sequence[bool]) -> str:
+    """Which row makes the judge raise: it is called again with one row at a time."""
+    for index, row in enumerate(rows):
+        try:
+            _call(judge, [row], [replies[index]], [finished[index]])
+        except Exception:  # as in `judge_replies`
+            return _name(rows, index)
+    return f"all {len(rows)} rows together, on none of them alone"
+
+
+def _number(judge: Judge, rows: Sequence[Row], index: int, score: Any) -> float:
+    if score is None:
+        return math.nan
+    if not isinstance(score, numbers.Real) or math.isinf(score):
+        raise JudgeError(f"rewards: {judge.source} returned {score!r} for {_name(rows, index)}; a number is needed")
+    return float(score)
+
+
+def _name(rows: Sequence[Row], index: int) -> str:
+    prompt = rows[index]["prompt"]
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    text = " ".join(text.split())
+    return f"row {index + 1} ({text[:60] + '...' if len(text) > 60 else text!r})"
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a Python file under a name of its own."""
+    name = f"alignment_judge_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
