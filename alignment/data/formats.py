@@ -351,7 +351,7 @@ FORMATS: tuple[Format, ...] = (
 # What a stage's schema can be made from, the closest first.
 ROUTES: dict[Schema, tuple[Schema, ...]] = {
     "text": ("text",),
-    "messages": ("messages",),
+    "messages": ("messages", "preference"),
     "preference": ("preference",),
     "unpaired": ("unpaired", "preference"),
     "prompts": ("prompts", "preference", "unpaired", "messages"),
@@ -403,6 +403,8 @@ def convert(record: Row, known: Format, schema: Schema) -> list[Row]:
             {**others, "completion": row["chosen"], "label": True},
             {**others, "completion": row["rejected"], "label": False},
         ]
+    if schema == "messages":
+        return [{"messages": [*row["prompt"], *row["chosen"]], **_tools(row)}]
     assert schema == "prompts"
     if known.gives == "messages":
         turns = row["messages"]
@@ -415,4 +417,5 @@ def says(known: Format, schema: Schema) -> str:
     """What was detected, and what is made of it, in words."""
     if known.gives == schema:
         return known.name
-    return f"{known.name}, each pair as two rows" if schema == "unpaired" else f"{known.name}, prompts only"
+    made = {"unpaired": "each pair as two rows", "messages": "chosen answers only"}
+    return f"{known.name}, {made.get(schema, 'prompts only')}"

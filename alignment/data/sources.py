@@ -254,10 +254,11 @@ def _read_hub(source: Source) -> Iterator[Record]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    subset = f" ({source.subset})" if source.subset else ""
+    part = source.subset or source.folder
+    subset = f" ({part})" if part else ""
     try:
         rows = datasets.load_dataset(
-            source.path, name=source.subset, revision=source.revision, split=source.split
+            source.path, name=source.subset, data_dir=source.folder, revision=source.revision, split=source.split
         )  # no trust_remote_code: code of a data set repository is not run
     except (DatasetsError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

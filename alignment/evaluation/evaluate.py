@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from alignment.evaluation.generate import Reply, batches, generate, kl_to, score
 from alignment.evaluation.judges import Judge, judge_replies, load_judge
 from alignment.evaluation.metrics import Estimate, Floats, estimate, mean, wins
 from alignment.models.generation import Policy, placed, release_memory
-from alignment.models.load import load_policy, load_scorer
+from alignment.models.load import adapter_base, is_adapter, load_config, load_policy, load_scorer
 from alignment.models.tokenizer import load_tokenizer
 from alignment.pipeline.files import write_text
 from alignment.recipe.algorithms import Schema
@@ -88,22 +88,19 @@ def build(ctx: Context) -> Callable[[], dict[str, float]]:
     """The runnable of an `evaluate` stage; it returns the flat metrics.
 
     Raises:
-        RecipeError: a section is missing that another one needs, or a judge cannot be imported.
+        RecipeError: a judge cannot be imported.
         DataError: prompts or pairs cannot be read.
     """
     stage = ctx.spec.config
-    if not stage.models or not stage.prompts:
-        raise RecipeError(f"stages.{ctx.spec.stage}: evaluate needs models and prompts")
-    if stage.scorers and not stage.pairs:
-        raise RecipeError(f"stages.{ctx.spec.stage}.scorers: their accuracy needs `pairs`")
-    links = list(dict.fromkeys(stage.models))
+    links = list(dict.fromkeys(stage.models or ())) if stage.prompts else []
     if stage.baseline is not None and stage.baseline not in links:
         links.insert(0, stage.baseline)
     names = labels([*links, *stage.scorers])
     seed = stage.seed or 0
 
     def rows(sources: list[Source] | None, schema: Schema) -> list[dict[str, Any]]:
-        return load_rows(sources, schema, seed=seed, strict=False, limits=DataLimits(), say=ctx.say) if sources else []
+        limits = stage.limits or DataLimits()
+        return load_rows(sources, schema, seed=seed, strict=False, limits=limits, say=ctx.say) if sources else []
 
     contest = Contest(
         models={names[link]: ctx.path_of(link) for link in links},
@@ -143,7 +140,8 @@ def evaluate(contest: Contest, say: Say) -> dict[str, float]:
     """
     best = _best_possible(contest)
     _try_judges(contest)
-    answers = _all_answers(contest, say)
+    contest = _fitting(contest, say)
+    answers = _all_answers(contest, say) if contest.models else {}
     rewards = {name: _judged(contest, own.replies) for name, own in answers.items()}
     results = report.Results(
         lines=[_line(contest, name, answers, rewards) for name in contest.models],
@@ -155,6 +153,31 @@ def evaluate(contest: Contest, say: Say) -> dict[str, float]:
     )
     _write(contest, results, answers, rewards, say)
     return report.flat(results)
+
+
+def _fitting(contest: Contest, say: Say) -> Contest:
+    """Without the prompts that leave no room for a reply in one of the models; all answer the same ones."""
+    limits = [limit for folder in contest.models.values() if (limit := _positions(folder)) is not None]
+    if not limits:
+        return contest
+    leader = contest.baseline or next(iter(contest.models))
+    room = min(limits) - contest.sampling.max_new_tokens
+    tokenizer = _with_template(contest, load_tokenizer(contest.models[leader]))
+    lengths = map(len, _encode(tokenizer, contest.prompts))
+    kept = [row for row, length in zip(contest.prompts, lengths, strict=True) if length <= room]
+    if not kept:
+        raise DataError(f"prompts: none of {len(contest.prompts)} has at most {room} tokens; lower max_new_tokens")
+    if len(kept) < len(contest.prompts):
+        gone = len(contest.prompts) - len(kept)
+        say(f"prompts: dropped {gone:,} of {len(contest.prompts):,}: overlong (more than {room:,} tokens)")
+    return replace(contest, prompts=kept)
+
+
+def _positions(folder: Path) -> int | None:
+    """How many tokens the model in a folder can read, where its configuration says so."""
+    config = load_config(adapter_base(folder) if is_adapter(folder) else str(folder))
+    limit = getattr(config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------
@@ -271,7 +294,7 @@ def _encode_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Row], side
 
 def _try_judges(contest: Contest) -> None:
     """Let every judge score one made-up reply: its faults should show before an hour of generation, not after."""
-    for one in contest.judges:
+    for one in contest.judges if contest.prompts else ():
         judge_replies(one, contest.prompts[:1], ["I do not know."], [True])
 
 
@@ -314,18 +337,19 @@ def _write(
     say: Say,
 ) -> None:
     """samples.jsonl, report.md, and the same tables and conversations on the terminal."""
-    count = len(contest.prompts)
+    count = len(contest.prompts) if contest.models else 0
     write_text(contest.output / SAMPLES, "".join(_sample(contest, i, answers, rewards) for i in range(count)))
     drawn = np.random.default_rng(contest.seed).permutation(count)[:SHOWN]
     rows = sorted(int(index) for index in drawn)
     chosen_by = f"{len(rows)} of {count:,} prompts, drawn with seed {contest.seed}"
     tables = [table for table in (report.models_table(results), report.scorers_table(results)) if table]
-    screen, page = [], [f"# Evaluation of {', '.join(contest.models)}", "", *_notes(contest), ""]
+    screen, page = [], [f"# Evaluation of {', '.join([*contest.models, *contest.scorers])}", "", *_notes(contest), ""]
     for table in tables:
         screen += ["", *report.aligned(table)]
         page += [*report.markdown_table(table), ""]
-    screen += ["", f"{chosen_by}:"]
-    page += [f"## {chosen_by}", ""]
+    if rows:
+        screen += ["", f"{chosen_by}:"]
+        page += [f"## {chosen_by}", ""]
     for index in rows:
         shown = [_shown(name, index, answers, rewards, results.judge) for name in contest.models]
         screen += report.conversation(f"prompt {index + 1}", contest.prompts[index]["prompt"], shown)

@@ -87,7 +87,9 @@ def _spread(metric: str, name: str, value: Estimate) -> dict[str, float]:
 
 
 def models_table(results: Results) -> list[list[str]]:
-    """Header and one row per model, as text."""
+    """Header and one row per model, as text; empty without models."""
+    if not results.lines:
+        return []
     judged = any(line.judged for line in results.lines)
     won = any(line.win_rate for line in results.lines)
     others = list(results.lines[0].means)

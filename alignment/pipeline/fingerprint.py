@@ -74,6 +74,7 @@ def fingerprint(stage: Stage, *, parents: Mapping[str, str], hash_of: HashOf) ->
         {"name": reward.name, "function": _function(reward.function, hash_of)} for reward in stage.rewards
     ] or None
     content["sampling"] = stage.sampling.model_dump() if stage.sampling else None
+    content["limits"] = stage.limits.model_dump() if stage.limits else None
     content["models"] = [_link(link, hash_of) for link in stage.models or ()] or None
     content["baseline"] = _link(stage.baseline, hash_of) if stage.baseline else None
     content["scorers"] = [_link(link, hash_of) for link in stage.scorers] or None

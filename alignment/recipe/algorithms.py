@@ -270,7 +270,7 @@ evaluate = Algorithm(
     build="alignment.evaluation.evaluate:build",
     schema=None,
     sections=frozenset(
-        {"models", "baseline", "scorers", "rewards", "prompts", "pairs", "sampling", "batch", "precision"}
+        {"models", "baseline", "scorers", "rewards", "prompts", "pairs", "sampling", "limits", "batch", "precision"}
     ),
     publishes=None,
     roles=(Role("policy", trained=False), Role("scorer", trained=False)),

@@ -109,7 +109,9 @@ def _check_model(subject: _Subject) -> None:
             starts = ", ".join(name for name, other in ALGORITHMS.items() if other.init)
             message = f"random weights are for {starts}; {row.name} starts from `{LINK}<name>` or `path: ...`"
             subject.problems.add((*place, "init"), message)
-    if model.quantization is not None and subject.stage.peft is None:
+    parent = subject.recipe.stages.get(model.stage or "")
+    continues = parent is not None and parent.peft is not None
+    if model.quantization is not None and subject.stage.peft is None and not continues:
         message = f"quantized weights cannot be trained; give `peft:` in stage {subject.name}, or remove it"
         subject.problems.add((*place, "quantization"), message)
     if model.path is not None and model.path in subject.order and not os.path.exists(model.path):
@@ -232,17 +234,17 @@ def _check_batch(subject: _Subject) -> None:
 def _check_evaluate(subject: _Subject) -> None:
     """An evaluation has models, and something to measure on them."""
     stage = subject.stage
-    if not stage.models:
+    if not stage.models and (stage.prompts is not None or not stage.scorers):
         subject.add("models", message=f"is missing: the models to compare, [{LINK}sft, ...]")
+    if stage.models and stage.prompts is None:
+        subject.add("models", message="have nothing to answer; give `prompts:`")
     for index, text in enumerate(stage.models or ()):
         if text in (stage.models or [])[:index]:
             subject.add("models", index, message=f"names {text} twice")
     if stage.baseline is not None and stage.models and stage.baseline not in stage.models:
         close = did_you_mean(stage.baseline, stage.models)
         subject.add("baseline", message=f"{stage.baseline} is not one of `models`{close}")
-    if stage.prompts is None and stage.pairs is None:
-        subject.add("prompts", message="is missing: give prompts to answer, or pairs to score")
     if stage.scorers and stage.pairs is None:
         subject.add("scorers", message="has nothing to score; give `pairs:`")
-    if stage.rewards and stage.prompts is None:
+    if stage.rewards and stage.prompts is None and stage.pairs is None:
         subject.add("rewards", message="has nothing to judge; give `prompts:`")

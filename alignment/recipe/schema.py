@@ -101,6 +101,7 @@ class Source(Section):
     path: str
     revision: str | None = None
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    folder: str | None = Field(default=None, description="folder of a hub data set whose files are wanted")
     split: str = Field(default="train", description="split of a hub data set or folder")
     rows: PositiveInt | None = Field(default=None, description="take this many rows, drawn with the recipe's seed")
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -209,6 +210,7 @@ class Stage(Section):
     prompts: list[Source] | None = None
     pairs: list[Source] | None = Field(default=None, description="held-out preference pairs")
     sampling: Sampling | None = None
+    limits: DataLimits | None = Field(default=None, description="for `prompts` and `pairs`; training rows: data.limits")
     # each overrides the recipe's
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] | None = None
     precision: Precision | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from alignment.data import templates
 from alignment.errors import ModelError
@@ -161,6 +162,8 @@ def _read_back(folder: Path, ctx: Context, probe: torch.Tensor, trained: torch.T
 
     Weights that went through bfloat16 on their way (ZeRO gathers 16 bits, a bfloat16 base) may differ by its rounding.
     """
+    # Rank 0 loads alone: with ZeRO-3 still declared, from_pretrained would shard and wait for the other ranks.
+    unset_hf_deepspeed_config()
     loader = load_scorer if ctx.row.publishes == "sequence-classification" else load_policy
     model, tokenizer = loader(folder, attention=ctx.model.attention)
     if _probe(tokenizer).tolist() != probe.tolist():

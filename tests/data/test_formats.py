@@ -102,6 +102,12 @@ def test_pairs_become_two_unpaired_rows() -> None:
     ]
 
 
+def test_the_chosen_answers_of_pairs_are_demonstrations() -> None:
+    found = formats.detect([PAIR], "messages", named=None, source="x")
+    assert formats.says(found, "messages") == "prompt-chosen-rejected, chosen answers only"
+    assert formats.convert(dict(PAIR), found, "messages") == [{"messages": [*PAIR["prompt"], *PAIR["chosen"]]}]
+
+
 def test_the_format_of_most_rows_wins_over_one_odd_row() -> None:
     sample = [{"messages": "broken"}, {"messages": QA}, {"messages": QA}]
     assert formats.detect(sample, "messages", named=None, source="x").name == "messages"

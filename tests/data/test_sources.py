@@ -170,7 +170,9 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     records = read("owner/name", revision="abc", subset="en", split="test")
     assert [record.value for record in records] == ROWS
     assert records[1].where == "owner/name[1]"
-    assert asked == {"path": "owner/name", "revision": "abc", "name": "en", "split": "test"}
+    assert asked == {"path": "owner/name", "revision": "abc", "name": "en", "data_dir": None, "split": "test"}
+    read("owner/name", folder="helpful-base")
+    assert asked["data_dir"] == "helpful-base"
 
 
 def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

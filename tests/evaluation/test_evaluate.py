@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignment.errors import DataError, RecipeError
+from alignment.errors import DataError
 from alignment.evaluation import evaluate as module
 from alignment.evaluation.evaluate import Contest, build, evaluate, labels
 from alignment.evaluation.judges import Judge, JudgeError
@@ -242,22 +242,25 @@ def test_from_the_recipe_to_the_metrics(
     assert {"kl/dpo", "length/sft", "accuracy/reward"} <= set(metrics)  # the baseline answers, though not in `models`
 
 
-@pytest.mark.parametrize(
-    ("stage", "line"),
-    [
-        ({"models": ["stage:sft"]}, "stages.evaluate: evaluate needs models and prompts"),
-        (
-            {"models": ["stage:sft"], "prompts": [{"path": "x.jsonl"}], "scorers": ["stage:reward"]},
-            "stages.evaluate.scorers: their accuracy needs `pairs`",
-        ),
-    ],
-)
-def test_sections_that_are_missing_are_named(
-    stage: dict[str, Any], line: str, folders: dict[str, Path], tmp_path: Path
+def test_pairs_alone_are_enough_for_a_reward_model(
+    folders: dict[str, Path], tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
-    with pytest.raises(RecipeError) as caught:
-        build(context(stage, folders, tmp_path, silent))
-    assert str(caught.value) == line
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    stage = {"scorers": ["stage:reward"], "pairs": [{"path": str(tmp_path / "pairs.jsonl")}]}
+    metrics = build(context(stage, folders, tmp_path, silent))()
+    assert set(metrics) == {"accuracy/reward", "accuracy_low/reward", "accuracy_high/reward"}
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+
+
+def test_prompts_without_room_for_a_reply_are_dropped_and_counted(contest: Callable[..., Contest]) -> None:
+    said: list[str] = []
+    long = {"prompt": [{"role": "user", "content": "word " * 200}], "word": "cat"}
+    one = contest(prompts=[*PROMPTS, long])
+    metrics = evaluate(one, said.append)
+    assert "prompts: dropped 1 of 8: overlong (more than 246 tokens)" in said  # 256 positions, 10 new tokens
+    assert metrics == evaluate(contest(), silent)
+    with pytest.raises(DataError, match="none of 1 has at most 246 tokens"):
+        evaluate(contest(prompts=[long]), silent)
 
 
 def test_labels_are_as_short_as_tells_them_apart() -> None:
