@@ -2,7 +2,7 @@
 
 `prepare` turns one stage of a recipe into a `StageSpec`, which is all that a worker needs, and says how it stands:
 
-    fresh     nothing there yet                       -> run
+    fresh     nothing there yet, or nothing sealed    -> run
     resume    the same stage, unfinished              -> run, from its newest sealed checkpoint
     done      the same stage, finished                -> skip
     changed   another stage than the recipe's         -> refuse, and print the difference
@@ -36,6 +36,7 @@ from alignment.pipeline.fingerprint import (
 )
 from alignment.pipeline.locks import refuse_if_held
 from alignment.pipeline.runs import RECIPE, STAGE, new_attempt, read_manifest, verify_parent, write_manifest
+from alignment.pipeline.seals import SEALED, checkpoints
 from alignment.recipe.load import parents, resolve
 from alignment.recipe.schema import Recipe, Resolved, Stage, linked
 
@@ -195,6 +196,8 @@ def _compare(spec: StageSpec, allow: tuple[str, ...]) -> StagePlan:
         foreign = _foreign(spec.output)
         return StagePlan(spec, "changed", difference=(foreign,)) if foreign else StagePlan(spec, "fresh")
     was, forced, finished = recorded
+    if not finished and not any((path / SEALED).exists() for path in checkpoints(spec.output)):
+        return StagePlan(spec, "fresh")  # started, with nothing to lose yet: a corrected recipe may simply start again
     found = [line for line in difference(was, spec.fingerprint) if not _by_version(line, spec.config)]
     lines = [f"stages.{spec.stage}.{line}" for line in [*found, *_other_parents(spec)]]
     lines = [line for line in lines if line not in forced]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.pipeline import runs
-from alignment.pipeline.plan import StagePlan, StageSpec, prepare
+from alignment.pipeline.plan import StagePlan, StageSpec, prepare, write_stage
 from alignment.recipe.load import load_recipe
 from alignment.recipe.schema import Recipe
 
@@ -82,6 +82,21 @@ def look(workplace: Path) -> Callable[..., StagePlan]:
         return prepare(recipe, name, **(where | options))
 
     return prepare_one
+
+
+def begin(spec: StageSpec) -> None:
+    """Leave behind what a worker leaves that was stopped after its first checkpoint."""
+    write_stage(spec)
+    folder = spec.output / "checkpoint-2"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"half trained")
+    runs.seal(folder, step=2, world_size=1, fingerprint_sha256=spec.fingerprint_sha256)
+
+
+@pytest.fixture
+def start() -> Callable[..., None]:
+    """The function `begin`."""
+    return begin
 
 
 def publish(spec: StageSpec, weights: bytes = b"trained") -> None:

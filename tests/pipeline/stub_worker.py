@@ -23,6 +23,10 @@ def main() -> int:
     word = dict(line.split() for line in lines).get(spec.stage, "done")
     with runs.lock_stage(spec.output, spec.attempt):
         runs.write_status(spec.output, attempt=spec.attempt, state="running", code=0, step=2, steps=4)
+        checkpoint = spec.output / "checkpoint-2"
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / "model.safetensors").write_bytes(b"half trained")
+        runs.seal(checkpoint, step=2, world_size=1, fingerprint_sha256=spec.fingerprint_sha256)
         if word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "sleep":

@@ -16,11 +16,14 @@ from alignment.pipeline.locks import lock
 from alignment.recipe.schema import Launch
 
 
-def test_a_stage_from_fresh_to_done(load: Callable, look: Callable, finish: Callable) -> None:
+def test_a_stage_from_fresh_to_done(load: Callable, look: Callable, start: Callable, finish: Callable) -> None:
     recipe = load()
     first = look(recipe, "sft")
     assert (first.status, first.waiting_for, first.unhashed) == ("fresh", (), ())
     planning.write_stage(first.spec)
+    assert look(recipe, "sft").status == "fresh"  # nothing sealed, so nothing to lose: also for a changed recipe
+    assert look(load("seed=8"), "sft").status == "fresh"
+    start(first.spec)
     second = look(recipe, "sft")
     assert second.status == "resume"
     assert second.spec.attempt != first.spec.attempt
@@ -91,9 +94,11 @@ def test_a_damaged_stage_yaml_is_named(workplace: Path, content: str, says: str)
     assert "\n" not in str(caught.value)
 
 
-def test_a_changed_recipe_is_refused_key_by_key(load: Callable, look: Callable, finish: Callable) -> None:
+def test_a_changed_recipe_is_refused_key_by_key(
+    load: Callable, look: Callable, start: Callable, finish: Callable
+) -> None:
     finish(look(load(), "sft").spec)
-    planning.write_stage(look(load(), "dpo").spec)
+    start(look(load(), "dpo").spec)
     changed = load("stages.dpo.train.beta=0.05", "seed=8")
     plan = look(changed, "dpo")
     assert plan.status == "changed"
@@ -107,11 +112,11 @@ def test_a_changed_recipe_is_refused_key_by_key(load: Callable, look: Callable, 
 
 @pytest.mark.parametrize("key", ["stages.dpo.train.beta", "stages.dpo.train", "stages.dpo"])
 def test_an_allowed_change_is_kept_and_not_asked_again(
-    load: Callable, look: Callable, finish: Callable, key: str
+    load: Callable, look: Callable, start: Callable, finish: Callable, key: str
 ) -> None:
     finish(look(load(), "sft").spec)
     begun = look(load(), "dpo").spec
-    planning.write_stage(begun)
+    start(begun)
     changed = load("stages.dpo.train.beta=0.05")
     assert look(changed, "dpo", allow=["stages.dpo.train.bet"]).status == "changed"
     plan = look(changed, "dpo", allow=[key])
