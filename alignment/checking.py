@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +44,14 @@ class Findings:
             self.problems.append(line)
 
 
-def check(recipe: Recipe, *, quick: bool) -> Findings:
-    """Check the files of a loaded recipe; without `quick` also all rows and the templates (seconds to minutes)."""
+def check(recipe: Recipe, *, quick: bool, names: Sequence[str] | None = None) -> Findings:
+    """Check the files of a loaded recipe; without `quick` also all rows and the templates (seconds to minutes).
+
+    Args:
+        names: only these stages (with `quick`).
+    """
     found = Findings()
-    for name in recipe.stages:
+    for name in recipe.stages if names is None else names:
         stage = resolve(recipe, name)
         _check_files(name, stage, found)
         for place, source, schema in _sources(name, stage):
@@ -59,7 +63,7 @@ def check(recipe: Recipe, *, quick: bool) -> Findings:
     return found
 
 
-def missing_files(recipe: Recipe, names: list[str]) -> list[str]:
+def missing_files(recipe: Recipe, names: Sequence[str]) -> list[str]:
     """One line for every local file or folder that these stages name and that is not there."""
     found = Findings()
     for name in names:
@@ -152,7 +156,9 @@ def _check_rows(recipe: Recipe, found: Findings) -> None:
                 by_schema.setdefault((place.partition("[")[0], schema), []).append(source)
         data = stage.data
         for (place, schema), wanted in by_schema.items():
-            limits, strict = (data.limits, data.strict) if data is not None else (DataLimits(), False)
+            limits, strict = stage.limits or DataLimits(), False
+            if data is not None:
+                limits, strict = data.limits, data.strict
             said: list[str] = []
             try:
                 rows = load_rows(wanted, schema, seed=stage.seed or 0, strict=strict, limits=limits, say=said.append)

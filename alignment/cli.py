@@ -74,7 +74,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from alignment.checking import missing_files
+    from alignment.checking import check, missing_files
     from alignment.pipeline.execute import Request, dry_run, execute, selected
     from alignment.recipe.load import load_recipe
 
@@ -92,9 +92,11 @@ def _run(arguments: argparse.Namespace) -> int:
         stages=arguments.stage, until=arguments.until, allow=arguments.allow_change, force=arguments.force,
         capture=arguments.json or arguments.quiet,
     )  # fmt: skip
-    missing = missing_files(recipe, selected(request))
-    if missing:
-        raise DataError("\n".join(missing))
+    names = selected(request)
+    # A file that cannot be used in the last stage should not show after hours. A dry run only looks whether it is there.
+    problems = missing_files(recipe, names) if arguments.dry_run else check(recipe, quick=True, names=names).problems
+    if problems:
+        raise DataError("\n".join(f"{arguments.recipe}: {line}" for line in problems))
     summary = (dry_run if arguments.dry_run else execute)(request, say)
     for stage, result in summary["stages"].items():
         if result.get("message") and say is _silent:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data import templates
 from alignment.data.prepare import load_rows
-from alignment.errors import DataError, RecipeError
+from alignment.errors import DataError
 from alignment.evaluation import report
 from alignment.evaluation.generate import Reply, batches, generate, kl_to, score
 from alignment.evaluation.judges import Judge, judge_replies, load_judge

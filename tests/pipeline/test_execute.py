@@ -170,7 +170,7 @@ def test_missing_files_are_named_together_and_nothing_is_written(workplace: Path
     (workplace / "base" / "config.json").unlink()
     code, _, err, _ = alignment()
     assert code == 2
-    assert "stages.sft.data.train[0].path: rows/sft.jsonl: no such file" in err
+    assert "stages.sft.data.train[0]: rows/sft.jsonl: no such file" in err
     assert "stages.sft.model: base: no model folder" in err
     assert not (workplace / "runs").exists()
 
