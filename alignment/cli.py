@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         capture=arguments.json or arguments.quiet,
     )  # fmt: skip
     names = selected(request)
-    # A file that cannot be used in the last stage should not show after hours. A dry run only looks whether it is there.
+    # What the last stage cannot use should not show after hours. A dry run only looks whether files are there.
     problems = missing_files(recipe, names) if arguments.dry_run else check(recipe, quick=True, names=names).problems
     if problems:
         raise DataError("\n".join(f"{arguments.recipe}: {line}" for line in problems))

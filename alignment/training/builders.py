@@ -116,12 +116,27 @@ def _loading(ctx: Context) -> dict[str, Any]:
 
 def _common(ctx: Context, change: Any = lambda rows: rows) -> dict[str, Any]:
     """What every trainer is given."""
+    train = change(ctx.rows.train)
+    if ctx.args.train_sampling_strategy == "group_by_length":
+        train = _with_length(train, ctx.args.length_column_name)
     return {
         "args": ctx.args,
-        "train_dataset": change(ctx.rows.train),
+        "train_dataset": train,
         "eval_dataset": None if ctx.rows.eval is None else change(ctx.rows.eval),
         "processing_class": ctx.tokenizer,
     }
+
+
+def _with_length(rows: Dataset, name: str) -> Dataset:
+    """The column by which the Trainer groups rows: the tokens of the longest sequence of each row."""
+    answers = [key for key in ("input_ids", "chosen_ids", "rejected_ids", "completion_ids") if key in rows.features]
+
+    def lengths(batch: dict[str, list[list[int]]]) -> dict[str, list[int]]:
+        prompts = [len(ids) for ids in batch.get("prompt_ids", [[]] * len(batch[answers[0]]))]
+        longest = [max(map(len, row)) for row in zip(*(batch[key] for key in answers), strict=True)]
+        return {name: [prompt + answer for prompt, answer in zip(prompts, longest, strict=True)]}
+
+    return rows.map(lengths, batched=True, keep_in_memory=True)
 
 
 def _with_prompts(rows: Dataset) -> Dataset:

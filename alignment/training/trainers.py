@@ -25,6 +25,13 @@ class Checked:
         # Rows are tokenised by alignment.data: what was checked and shown is what is trained.
         return dataset
 
+    def _set_signature_columns_if_needed(self) -> None:
+        # The sampler that groups rows by length sees only the columns that are kept; no collator passes this one on.
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns: list[str] = self._signature_columns  # type: ignore[has-type]
+        if self.args.length_column_name not in columns:  # type: ignore[attr-defined]
+            self._signature_columns = [*columns, self.args.length_column_name]  # type: ignore[attr-defined]
+
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's loss, refused if it is not finite.
 

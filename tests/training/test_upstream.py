@@ -18,7 +18,14 @@ from alignment.training import trainers
 def test_every_name_that_the_mixin_overrides_exists_upstream(ours: type) -> None:
     theirs = ours.__mro__[2]
     assert theirs.__module__.startswith("trl.trainer")
-    for name in ("_prepare_dataset", "compute_loss", "training_step", "_run_epoch", "create_model_card"):
+    for name in (
+        "_prepare_dataset",
+        "compute_loss",
+        "training_step",
+        "_run_epoch",
+        "create_model_card",
+        "_set_signature_columns_if_needed",
+    ):
         assert callable(getattr(theirs, name)), f"{theirs.__name__}.{name} is gone"
     assert "_prepare_dataset(train_dataset" in inspect.getsource(theirs.__init__).replace("\n", "").replace(" ", "")
 

@@ -1,0 +1,87 @@
+"""Real launches: two ranks give what one process gives, and ZeRO really shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from alignment.pipeline import runs
+
+pytestmark = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its kernels with g++")
+
+
+def launch(recipe: dict[str, Any], folder: Path, root: Path) -> Path:
+    """Run a recipe through `alignment run`, as a user does."""
+    path = folder / f"{recipe['name']}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "alignment", "run", str(path), "--runs", str(folder)], cwd=root, env=environment,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / recipe["name"]
+
+
+def losses(stage: Path) -> list[float]:
+    lines = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@needs_compiler
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+@pytest.mark.parametrize("deepspeed", [None, "ds_configs/zero2.json", "ds_configs/zero3.json"])
+def test_two_ranks_train_as_one_process_does(
+    algorithm: str,
+    deepspeed: str | None,
+    root: Path,
+    tiny_run: Path,
+    tiny_recipe: Callable[..., dict[str, Any]],
+    run_recipe: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    start = {"model": str(tiny_run / ("base" if algorithm == "sft" else "sft"))}
+    one = run_recipe(tiny_recipe(algorithm, **{algorithm: start}), tmp_path)
+    recipe = tiny_recipe(algorithm, **{algorithm: start}) | {"name": "two"}
+    recipe["launch"] = {"processes": 2} | ({"deepspeed": str(root / deepspeed)} if deepspeed else {})
+    two = launch(recipe, tmp_path, root)
+    assert losses(two / algorithm) == pytest.approx(losses(one / algorithm), rel=1e-4)
+    assert runs.read_manifest(two / algorithm)["batch"] == {
+        "global": 8, "per_device": 4, "processes": 2, "accumulation": 1,
+    }  # fmt: skip
+    ours, theirs = (load_file(run / algorithm / "model.safetensors") for run in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.float().numpy() == pytest.approx(theirs[name].numpy(), abs=2e-4), name
+
+
+def test_by_hand_as_on_any_cluster(
+    root: Path, tiny_run: Path, tiny_recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("sft", sft={"model": str(tiny_run / "base")})
+    path = tmp_path / "hand.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--main_process_port", "0", "-m", "alignment.train", str(path), "--stage", "sft", "--runs", str(tmp_path),
+        "--set", "seed=11",
+    ]  # fmt: skip
+    environment = dict(os.environ, ACCELERATE_USE_CPU="true")
+    first = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    stage = tmp_path / "tiny" / "sft"
+    assert runs.read_status(stage)["state"] == "done", first.stdout + first.stderr
+    assert runs.verify_parent(stage, deep=True)["batch"]["processes"] == 2
+    again = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode != 0
+    assert "stage sft: done" in again.stderr
