@@ -1,10 +1,9 @@
-"""The command line: help, speed, what is not imported, bad input."""
+"""The command line: help, what is not imported, bad input."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,27 +29,11 @@ def python(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
 
-def seconds(*words: str, cwd: Path) -> float:
-    """The processor time of a process, the best of three."""
-
-    def once() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = python(*words, cwd=cwd)
-        assert done.returncode == 0, done.stderr
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    return min(once() for _ in range(3))
-
-
-def test_a_dry_run_answers_at_once(root: Path, tmp_path: Path) -> None:
-    """Under half a second; a slow or busy machine is measured against what `import yaml, pydantic` takes there."""
+def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path) -> None:
     words = ("-m", "alignment", "run", "recipes/quickstart.yaml", "--dry-run", "--runs", str(tmp_path))
-    floor = seconds("-c", "import yaml, pydantic", cwd=root)
-    taken = seconds(*words, cwd=root)
-    print(f"yaml, pydantic: {floor:.3f} s; dry run: {taken:.3f} s")
-    assert taken < max(0.5, 7 * floor)
-    assert seconds("-m", "alignment", "--help", cwd=root) < taken
+    done = python(*words, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accelerate.commands.launch") == 5
     assert not list(tmp_path.iterdir())
 
 
