@@ -46,7 +46,8 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
     if not is_main():
         return None
     (beside / "training_args.bin").unlink(missing_ok=True)  # holds tokens in clear; nothing reads it
-    _drop_copied_adapters(beside)
+    # TRL's frozen copy of the parent's adapter, its reference, is saved beside the trained one; it is not this model.
+    shutil.rmtree(beside / "ref", ignore_errors=True)
     _save_tokenizer(ctx, beside)
     _check_weights(beside)
     model = _describe(ctx, trainer, beside)
@@ -89,12 +90,6 @@ def _logits(trainer: Trainer, probe: torch.Tensor) -> torch.Tensor:
 def _forward(model: Any, probe: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits
     return logits.float().cpu()
-
-
-def _drop_copied_adapters(folder: Path) -> None:
-    """TRL's frozen reference adapter is saved beside the trained one; it is the parent's, not part of this model."""
-    for name in ("ref",):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _save_tokenizer(ctx: Context, folder: Path) -> None:
