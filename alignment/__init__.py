@@ -1,3 +1,3 @@
-"""Preference alignment as a chain of stages: pretrain, SFT, reward model, DPO, KTO, evaluation."""
+"""Preference alignment as a chain of stages: pretrain, SFT, reward model, PPO, DPO, KTO, evaluation."""
 
 __version__ = "0.1.0"

@@ -16,8 +16,8 @@ BELOW = {
     "pipeline": {"errors", "recipe"},
     "data": {"errors", "recipe", "pipeline"},
     "models": {"errors", "recipe", "pipeline", "data"},
-    "training": {"errors", "recipe", "pipeline", "data", "models"},
-    "evaluation": {"errors", "recipe", "pipeline", "data", "models", "training"},
+    "evaluation": {"errors", "recipe", "pipeline", "data", "models"},
+    "training": {"errors", "recipe", "pipeline", "data", "models", "evaluation"},
     "serving": {"errors", "recipe", "pipeline", "data", "models"},
 }
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed", "numpy", "pyarrow"}

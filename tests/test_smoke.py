@@ -36,6 +36,25 @@ def test_every_recipe_smokes(recipe: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert manifest["algorithm"] == stage.algorithm
 
 
+def test_rewards_are_made_small(tmp_path: Path) -> None:
+    from alignment.models.load import load_scorer
+    from alignment.training.rewards import stored_scale
+    from alignment.training.smoke import _small_reward
+
+    stay = [
+        {"name": "a", "model": "stage:reward", "weight": 2.0},
+        {"name": "b", "regex": "x"},
+        {"name": "c", "length": 4},
+    ]
+    assert [_small_reward(reward, tmp_path) for reward in stay] == stay
+    judge = _small_reward({"name": "d", "function": "gone.py:f", "weight": -1.0}, tmp_path)
+    assert judge == {"name": "d", "function": "alignment.training.smoke:length_reward", "weight": -1.0}
+    made = _small_reward({"name": "e", "model": "org/name", "normalize": "stored"}, tmp_path)
+    scorer, _ = load_scorer(made["model"])
+    assert stored_scale(Path(made["model"]), scorer) == (0.0, 1.0)
+    assert made["normalize"] == "stored"
+
+
 def alignment(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment: dict[str, Any] = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.run(

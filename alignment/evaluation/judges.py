@@ -1,6 +1,9 @@
-"""Judges: Python functions that score replies, with TRL's reward-function signature.
+"""Judges: functions that score replies, with TRL's reward-function signature.
 
     def score(prompts, completions, **columns) -> list[float]
+
+A recipe names a function of its own, or asks for one of the two that are here: a pattern that replies should match
+(`regex`), a number of words that they should not exceed (`length`).
 
 A judge is called once with lists: the prompts, the completions as conversations (`[{"role": "assistant", "content":
 ...}]`), every other column of the rows by its name, and `finished`, whether each reply ended with a stop token. NaN
@@ -13,6 +16,7 @@ import importlib
 import importlib.util
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +48,17 @@ class Judge:
 
 
 def load_judge(reward: Reward) -> Judge:
-    """Import the function that a recipe's reward names: `pkg.mod:fn` or `path/file.py:fn`.
+    """The function that a recipe's reward names (`pkg.mod:fn` or `path/file.py:fn`), or that it describes.
 
     Raises:
-        RecipeError: no such file, module or function, or importing it fails.
+        RecipeError: no such file, module or function, or importing it fails; or the reward is a model.
     """
+    if reward.regex is not None:
+        return Judge(reward.name, regex_reward(reward.regex), f"regex {reward.regex}")
+    if reward.length is not None:
+        return Judge(reward.name, length_reward(reward.length), f"length {reward.length}")
+    if reward.function is None:
+        raise RecipeError(f"rewards: {reward.name}: a judge is a function; a reward model belongs in `scorers:`")
     where, _, attribute = reward.function.rpartition(":")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
@@ -58,6 +68,30 @@ def load_judge(reward: Reward) -> Judge:
     if not callable(function):
         raise RecipeError(f"rewards: {reward.function}: {where} has no function {attribute}")
     return Judge(reward.name, function, reward.function)
+
+
+def regex_reward(pattern: str) -> Function:
+    """1.0 for a reply in which `re.search` finds the pattern (`.` matches line breaks too), else 0.0."""
+    found_in = re.compile(pattern, re.DOTALL).search
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [float(found_in(_text(completion)) is not None) for completion in completions]
+
+    return score
+
+
+def length_reward(words: int) -> Function:
+    """A soft limit: 0 up to `words` words (parts between white space), from there on -(words over) / `words`."""
+
+    def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [-max(0, len(_text(completion).split()) - words) / words for completion in completions]
+
+    return score
+
+
+def _text(completion: Any) -> str:
+    """What a completion says: plain text, or the content of its last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def judge_replies(judge: Judge, rows: Sequence[Row], replies: Sequence[str], finished: Sequence[bool]) -> Floats:
@@ -95,7 +129,7 @@ def _failing_row(judge: Judge, rows: Sequence[Row], replies: Sequence[str], fini
         try:
             _call(judge, [row], [replies[index]], [finished[index]])
         except Exception:  # as in `judge_replies`
-            return _name(rows, index)
+            return row_name(rows, index)
     return f"all {len(rows)} rows together, on none of them alone"
 
 
@@ -103,11 +137,12 @@ def _number(judge: Judge, rows: Sequence[Row], index: int, score: Any) -> float:
     if score is None:
         return math.nan
     if not isinstance(score, numbers.Real) or math.isinf(score):
-        raise JudgeError(f"rewards: {judge.source} returned {score!r} for {_name(rows, index)}; a number is needed")
+        raise JudgeError(f"rewards: {judge.source} returned {score!r} for {row_name(rows, index)}; a number is needed")
     return float(score)
 
 
-def _name(rows: Sequence[Row], index: int) -> str:
+def row_name(rows: Sequence[Row], index: int) -> str:
+    """How a message names a row: its number, and how its prompt (a text or messages) begins."""
     prompt = rows[index]["prompt"]
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     text = " ".join(text.split())

@@ -20,7 +20,7 @@ from alignment.pipeline.files import canonical, digest
 from alignment.pipeline.runs import read_manifest
 from alignment.recipe.algorithms import ALGORITHMS, OWNED
 from alignment.recipe.load import full_train
-from alignment.recipe.schema import Data, Model, Source, Stage, linked
+from alignment.recipe.schema import Data, Model, Reward, Source, Stage, linked
 
 NOT_HASHED = "not hashed yet"  # stands for a content hash in a dry run; equal to any
 ABSENT = "(absent)"
@@ -70,9 +70,7 @@ def fingerprint(stage: Stage, *, parents: Mapping[str, str], hash_of: HashOf) ->
     content["peft"] = stage.peft
     for key in ("prompts", "pairs"):
         content[key] = [_source(source, hash_of) for source in getattr(stage, key) or ()] or None
-    content["rewards"] = [
-        {"name": reward.name, "function": _function(reward.function, hash_of)} for reward in stage.rewards
-    ] or None
+    content["rewards"] = [_reward(reward, hash_of) for reward in stage.rewards] or None
     content["sampling"] = stage.sampling.model_dump() if stage.sampling else None
     content["limits"] = stage.limits.model_dump() if stage.limits else None
     content["models"] = [_link(link, hash_of) for link in stage.models or ()] or None
@@ -179,6 +177,16 @@ def _template(template: str | None, hash_of: HashOf) -> str | None:
     if template is None or not is_template_file(template):
         return template
     return _contents({"0": Path(template)}, hash_of)
+
+
+def _reward(reward: Reward, hash_of: HashOf) -> dict[str, Any]:
+    """A reward by its content; defaults are left out, as in `_source`."""
+    content = reward.model_dump(exclude_defaults=True)
+    if reward.function is not None:
+        content["function"] = _function(reward.function, hash_of)
+    if reward.model is not None:
+        content["model"] = _link(reward.model, hash_of)
+    return content
 
 
 def _function(hook: str, hash_of: HashOf) -> str | dict[str, str]:

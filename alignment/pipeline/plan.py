@@ -281,7 +281,10 @@ def locate(stage: Resolved) -> Resolved:
     if "baseline" in content and not linked(content["baseline"]):
         content["baseline"] = absolute(content["baseline"])
     for reward in content.get("rewards", ()):
-        reward["function"] = hook(reward["function"])
+        if "function" in reward:
+            reward["function"] = hook(reward["function"])
+        if "model" in reward and not linked(reward["model"]):
+            reward["model"] = absolute(reward["model"])
     if is_template_file(content.get("chat_template")):
         content["chat_template"] = os.path.abspath(os.path.expanduser(content["chat_template"]))
     for key in {"deepspeed", "accelerate"} & content.get("launch", {}).keys():

@@ -264,6 +264,19 @@ kto = Algorithm(
     needs=_kto_needs,
 )
 
+ppo = Algorithm(
+    name="ppo",
+    summary="proximal policy optimization: the model answers prompts, rewards score its answers",
+    paper="Schulman et al. 2017 (arXiv:1707.06347); KL in the reward: Ziegler et al. 2019 (arXiv:1909.08593)",
+    build="alignment.training.builders:ppo",
+    schema="prompts",
+    config="alignment.training.ppo_config:PPOConfig",
+    sections=TRAINED | {"rewards"},
+    roles=(Role("policy", trained=True), Role("critic", trained=True), Role("reference", trained=False),
+           Role("scorer", trained=False)),
+    metric=("score", "objective/scores"),
+)  # fmt: skip
+
 evaluate = Algorithm(
     name="evaluate",
     summary="generate from several models on the same prompts and compare: judges, win rate, KL, reward-model accuracy",
@@ -280,7 +293,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     row.name: row
     for row in (
         pretrain, sft, reward, dpo, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
-        apo_zero, apo_down, discopop, sigmoid_norm, kto, evaluate,
+        apo_zero, apo_down, discopop, sigmoid_norm, kto, ppo, evaluate,
     )
 }  # fmt: skip
 

@@ -61,6 +61,8 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
         if row.config is not None:
             _check_trainer(subject)
             _check_batch(subject)
+        if "rewards" in row.sections:
+            _check_rewards(subject)
         if "models" in row.sections:
             _check_evaluate(subject)
 
@@ -82,10 +84,6 @@ def _check_sections(subject: _Subject) -> None:
     if stage.launch is not None:
         for file in ("deepspeed", "accelerate"):
             _check_file(getattr(stage.launch, file), ("stages", subject.name, "launch", file), subject.problems)
-    for index, reward in enumerate(stage.rewards):
-        path = reward.function.rpartition(":")[0]
-        if path.endswith(".py"):
-            _check_file(path, ("stages", subject.name, "rewards", index, "function"), subject.problems)
 
 
 def _model_place(subject: _Subject) -> Place:
@@ -229,6 +227,43 @@ def _check_batch(subject: _Subject) -> None:
             f"(batch.per_device); the nearest legal value{'s are' if whole else ' is'} {' or '.join(legal)}"
         )
         subject.add("batch", "global", message=message)
+
+
+def _check_rewards(subject: _Subject) -> None:
+    """Each reward has a name of its own, and a function or a model that is there."""
+    stage, trains = subject.stage, subject.row.config is not None
+    if trains and not stage.rewards:
+        message = f"is missing: what {subject.row.name} maximises, [{{name: rm, model: {LINK}<name>}}]"
+        subject.add("rewards", message=message)
+    names = [reward.name for reward in stage.rewards]
+    for index, reward in enumerate(stage.rewards):
+        if reward.name in names[:index]:
+            first = names.index(reward.name)
+            message = f"{reward.name} is the name of rewards[{first}]; give another"
+            subject.add("rewards", index, "name", message=message)
+        file = (reward.function or "").rpartition(":")[0]
+        if file.endswith(".py"):
+            _check_file(file, ("stages", subject.name, "rewards", index, "function"), subject.problems)
+        if trains:
+            _check_reward_model(subject, index, reward.model)
+            continue
+        if reward.model is not None:
+            message = f"is no judge; the accuracy of a reward model is measured by `scorers: [{reward.model}]`"
+            subject.add("rewards", index, "model", message=message)
+        for key in ("weight", "normalize"):
+            if key in reward.model_fields_set:
+                message = f"is not read by {subject.row.name}, which tells every judge's rewards apart; remove it"
+                subject.add("rewards", index, key, message=message)
+
+
+def _check_reward_model(subject: _Subject, index: int, model: str | None) -> None:
+    """A reward model is published by an earlier stage, or is no stage's name."""
+    if model is None:
+        return
+    _check_link(subject, ("rewards", index, "model"), linked(model), "sequence-classification")
+    if model in subject.order and not os.path.exists(model):
+        message = f"no such folder: {model}; write {LINK}{model} to link to the stage"
+        subject.add("rewards", index, "model", message=message)
 
 
 def _check_evaluate(subject: _Subject) -> None:

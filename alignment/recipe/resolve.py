@@ -75,7 +75,8 @@ def full_train(stage: Stage) -> dict[str, Any]:
 
 def parents(stage: Stage) -> list[str]:
     """The stages that a stage links to, each once, in the order in which it names them."""
-    links = [linked(text) for text in (*(stage.models or ()), stage.baseline or "", *stage.scorers)]
+    rewards = [reward.model or "" for reward in stage.rewards]
+    links = [linked(text) for text in (*(stage.models or ()), stage.baseline or "", *stage.scorers, *rewards)]
     if stage.model is not None:
         links.insert(0, stage.model.stage)
     return list(dict.fromkeys(link for link in links if link is not None))

@@ -7,9 +7,10 @@ the installed classes by `upstream.py`. Field descriptions are what `recipes/REA
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -178,10 +179,47 @@ class Checkpoints(Section):
 
 
 class Reward(Section):
-    """A Python function with TRL's reward signature: `fn(prompts, completions, **columns) -> list[float]`."""
+    """What scores a reply: exactly one of `function`, `model`, `regex`, `length`.
 
-    function: Hook = Field(description="pkg.mod:fn or path/to/file.py:fn")
+    A function has TRL's reward signature: `fn(prompts, completions, **columns) -> list[float]`.
+    """
+
     name: Name
+    function: Hook | None = Field(default=None, description="pkg.mod:fn or path/to/file.py:fn")
+    model: str | None = Field(default=None, description="a reward model: stage:<name>, a folder or a hub name")
+    regex: str | None = Field(default=None, description="1 where the pattern is found in the reply, else 0")
+    length: PositiveInt | None = Field(default=None, description="words without a penalty; twice as many cost 1")
+    weight: Annotated[float, Field(allow_inf_nan=False)] = Field(default=1.0, description="factor in the sum")
+    normalize: Literal["none", "stored", "running"] | None = Field(
+        default=None, description="subtract a mean, divide by a deviation: the reward model's own, or of all scores yet"
+    )
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern == "":
+            raise ValueError("is empty, and would be found in every reply; give a pattern")
+        try:
+            re.compile(pattern or "", re.DOTALL)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"is not a regular expression of Python: {error}") from None
+        return pattern
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("must not be 0: the reward would not count; remove it, or give it a weight")
+        return weight
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reward:
+        given = [key for key in ("function", "model", "regex", "length") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of function, model, regex, length (found {', '.join(given) or 'none'})")
+        if self.normalize == "stored" and self.model is None:
+            raise ValueError("normalize: stored is for `model:`, which brings its mean and deviation; write running")
+        return self
 
 
 class Sampling(Section):
@@ -196,7 +234,7 @@ class Sampling(Section):
 class Stage(Section):
     """One step of the chain. Which sections an algorithm takes stands in its row of the table."""
 
-    algorithm: str = Field(description="what the stage does: pretrain, sft, reward, dpo, kto, evaluate, ...")
+    algorithm: str = Field(description="what the stage does: pretrain, sft, reward, dpo, kto, ppo, evaluate, ...")
     model: Model | None = None
     data: Data | None = None
     batch: Batch = Field(default_factory=lambda: Batch())
@@ -206,7 +244,10 @@ class Stage(Section):
     models: list[str] | None = Field(default=None, description="stage:<name> or a folder, in the order of the table")
     baseline: str | None = Field(default=None, description="the model that win rates and KL refer to")
     scorers: list[str] = Field(default_factory=list, description="reward models whose accuracy is measured on `pairs`")
-    rewards: list[Reward] = Field(default_factory=list, description="judges; the first decides the win rate")
+    rewards: list[Reward] = Field(
+        default_factory=list,
+        description="ppo: what is maximised, summed; evaluate: judges, the first decides the win rate",
+    )
     prompts: list[Source] | None = None
     pairs: list[Source] | None = Field(default=None, description="held-out preference pairs")
     sampling: Sampling | None = None

@@ -115,8 +115,9 @@ def _owned(spec: StageSpec, compute: torch.dtype) -> dict[str, Any]:
 
 
 def max_length(stage: Stage) -> int | None:
-    """The longest row in tokens: `train.max_length`, or the default of the row's config class."""
-    value = full_train(stage).get("max_length")
+    """The longest row in tokens: `train.max_length` (of prompts `prompt_length`), or its default."""
+    train = full_train(stage)
+    value = train.get("max_length", train.get("prompt_length"))
     return None if value is None else int(value)
 
 

@@ -6,13 +6,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import PreTrainedModel, Trainer, set_seed
 from trl import pack_dataset
 
 from alignment.errors import RecipeError
+from alignment.models.adapters import merge
+from alignment.models.generation import vocabulary_size
 from alignment.models.load import DTYPES, init_policy, is_adapter, load_policy, load_scorer, resize_embeddings
 from alignment.training import trainers
+from alignment.training.actor_critic import SharedBase
 from alignment.training.context import Context
+from alignment.training.rewards import load_rewards
 
 
 def pretrain(ctx: Context) -> Trainer:
@@ -52,6 +57,58 @@ def kto(ctx: Context) -> Trainer:
         return _with_mismatched(rows.shuffle(seed=seed), size)
 
     return trainers.KTO(model=policy, ref_model=reference, peft_config=ctx.peft, **_common(ctx, rotate))
+
+
+def ppo(ctx: Context) -> Trainer:
+    """Policy, critic and reference on prompts, with the stage's rewards."""
+    from alignment.training.ppo import PPOTrainer  # heavy, and only this row needs it
+
+    policy, reference = _policy_and_reference(ctx)
+    stage, args = ctx.spec.config, ctx.args
+    sources = load_rewards(
+        stage.rewards, path_of=ctx.path_of, dtype=DTYPES[stage.precision.weights], device=args.device,
+        batch_size=args.local_rollout_forward_batch_size, template=stage.chat_template,
+    )  # fmt: skip
+    model, critic = policy, None
+    if reference is None:
+        model = _on_one_base(ctx, policy)
+    elif args.critic == "separate":
+        critic = _critic(ctx)
+    return PPOTrainer(
+        model=model, ref_model=reference, value_model=critic, reward_funcs=sources,
+        **_common(ctx),
+    )  # fmt: skip
+
+
+def _critic(ctx: Context) -> PreTrainedModel:
+    """A scorer that becomes the critic: the first reward model with the policy's vocabulary, or the policy's start."""
+    wanted = ctx.args.critic_init
+    for reward in ctx.spec.config.rewards if wanted != "policy" else ():
+        if reward.model is None:
+            continue
+        scorer, tokenizer = load_scorer(ctx.path_of(reward.model), attention=ctx.model.attention)
+        if not isinstance(scorer, PreTrainedModel):
+            scorer = merge(scorer)
+        if tokenizer.get_vocab() == ctx.tokenizer.get_vocab():
+            return scorer
+    if wanted == "reward":
+        raise RecipeError("train.critic_init: reward needs a reward model with the policy's vocabulary in `rewards`")
+    assert ctx.start is not None
+    set_seed(ctx.args.seed)
+    critic, _ = load_scorer(ctx.start, fresh_head=True, attention=ctx.model.attention, revision=ctx.model.revision)
+    resize_embeddings(critic, ctx.tokenizer)
+    return critic
+
+
+def _on_one_base(ctx: Context, policy: Any) -> SharedBase:
+    """Adapters for policy and critic; the reference is the base, or a frozen copy of the adapter that is trained on."""
+    reference = None
+    if ctx.peft is not None:
+        policy = get_peft_model(policy, ctx.peft)
+    else:
+        reference = "reference"
+        policy.load_adapter(ctx.start, reference, is_trainable=False)
+    return SharedBase(policy, reference=reference, vocabulary=vocabulary_size(ctx.tokenizer))
 
 
 # --- shared -------------------------------------------------------------------------------------------------------
@@ -117,7 +174,7 @@ def _loading(ctx: Context) -> dict[str, Any]:
 def _common(ctx: Context, change: Any = lambda rows: rows) -> dict[str, Any]:
     """What every trainer is given."""
     train = change(ctx.rows.train)
-    if ctx.args.train_sampling_strategy == "group_by_length":
+    if ctx.args.train_sampling_strategy == "group_by_length" and ctx.row.schema != "prompts":
         train = _with_length(train, ctx.args.length_column_name)
     return {
         "args": ctx.args,

@@ -79,10 +79,14 @@ class FirstStep(TrainerCallback):
 
 
 class Log(TrainerCallback):
-    """`log.jsonl`: one line per logging step; durations and rates stand under `time`."""
+    """`log.jsonl`: one line per logging step; durations and rates stand under `time`.
 
-    def __init__(self, path: Path, metric: tuple[str, str] | None):
-        self.path, self.metric, self.started = path, metric, time.monotonic()
+    Args:
+        more: entries that are no numbers, for the lines of training steps.
+    """
+
+    def __init__(self, path: Path, more: Callable[[], dict[str, Any]] = dict):
+        self.path, self.more, self.started = path, more, time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,8 +116,10 @@ class Log(TrainerCallback):
             return
         entry: dict[str, Any] = {"step": state.global_step, "time": {"seconds": time.monotonic() - self.started}}
         for key, value in logs.items():
-            place = entry["time"] if key.endswith(UNDER_TIME) else entry
-            place[key] = value
+            place = entry["time"] if key.endswith(UNDER_TIME) or key.startswith("time/") else entry
+            place[key.removeprefix("time/")] = value
+        if "loss" in logs:
+            entry |= self.more()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, sort_keys=True) + "\n")
 

@@ -12,12 +12,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from alignment.data import templates
 from alignment.errors import ModelError
+from alignment.evaluation.generate import batches
+from alignment.models.generation import pad_id
 from alignment.models.load import adapter_base, is_adapter, load_policy, load_scorer
 from alignment.pipeline import runs
 from alignment.pipeline.plan import StageSpec
@@ -26,6 +29,7 @@ from alignment.training.card import card
 from alignment.training.context import Context
 
 PUBLISHING = ".publishing"
+SCALE_ROWS = 512  # pairs on which the scale of a reward model's scores is measured
 PACKAGES = ("alignment-toolkit", "trl", "transformers", "peft", "accelerate", "deepspeed", "datasets", "torch")
 
 
@@ -42,6 +46,7 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
         shutil.rmtree(beside, ignore_errors=True)
     probe = _probe(ctx.tokenizer)
     trained = _logits(trainer, probe)
+    scale = _score_scale(ctx, trainer) if ctx.row.publishes == "sequence-classification" else {}
     trainer.save_model(str(beside))
     if not is_main():
         return None
@@ -50,7 +55,7 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
     shutil.rmtree(beside / "ref", ignore_errors=True)
     _save_tokenizer(ctx, beside)
     _check_weights(beside)
-    model = _describe(ctx, trainer, beside)
+    model = _describe(ctx, trainer, beside) | scale
     runs.write_text(beside / "README.md", card(ctx.spec, model, metrics))
     _read_back(beside, ctx, probe, trained)
     return {"files": _move(beside, ctx.spec.output), "model": model, "tokenizer": _describe_tokenizer(ctx)}
@@ -76,20 +81,48 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _logits(trainer: Trainer, probe: torch.Tensor) -> torch.Tensor:
-    """What the trained model says on the probe, in float32: (1, S, V), or (1, 1) for a scorer."""
+def _logits(trainer: Trainer, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """What the trained model says on ids (B, S), in float32: (B, S, V), or (B, 1) for a scorer. Every rank calls it."""
     model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+    device = trainer.args.device
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        logits = _forward(model, probe.to(trainer.args.device))
+        logits = _forward(model, ids.to(device), None if mask is None else mask.to(device))
     model.train(was_training)
     return logits
 
 
-def _forward(model: Any, probe: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits.float().cpu()
+
+
+def _score_scale(ctx: Context, trainer: Trainer) -> dict[str, float]:
+    """`score_mean` and `score_std` of a reward model over the chosen and rejected answers of up to 512 pairs.
+
+    The pairs are the held-out ones where there are any, else the training rows, drawn with the recipe's seed. The
+    deviation is the population's. Both are written into the model's configuration, which a whole model is saved with:
+    reinforcement learning puts the scores on a common scale by them. Every rank computes the same, since under ZeRO-3
+    none can alone.
+    """
+    rows = ctx.rows.train if ctx.rows.eval is None else ctx.rows.eval
+    drawn = np.random.default_rng(ctx.spec.config.seed).permutation(len(rows))[:SCALE_ROWS]
+    conversations = [
+        row["prompt_ids"] + row[side] for row in rows.select(np.sort(drawn)) for side in ("chosen_ids", "rejected_ids")
+    ]
+    scores = np.zeros(len(conversations))
+    pad = pad_id(ctx.tokenizer)
+    for indices in batches([len(ids) for ids in conversations], trainer.args.per_device_eval_batch_size):
+        part = [conversations[index] for index in indices]
+        width = max(map(len, part))
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in part])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
+        scores[indices] = _logits(trainer, ids, mask)[:, 0].numpy()
+    scale = {"score_mean": float(scores.mean()), "score_std": float(scores.std())}
+    trainer.accelerator.unwrap_model(trainer.model).config.update(scale)
+    return scale
 
 
 def _save_tokenizer(ctx: Context, folder: Path) -> None:
@@ -117,6 +150,7 @@ def _check_weights(folder: Path) -> None:
 def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
     """The manifest's `model`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "policy", model)  # PPO trains its critic in the same module
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     adapter = None
     if is_adapter(folder):

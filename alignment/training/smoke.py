@@ -18,23 +18,25 @@ import torch
 
 from alignment.data import templates
 from alignment.errors import ChainError, ExitCode
-from alignment.models.load import init_policy
+from alignment.models.load import init_policy, load_scorer
 from alignment.models.tokenizer import fit, train_tokenizer
 from alignment.pipeline import launch as launching
 from alignment.pipeline import plan as planning
 from alignment.pipeline import runs as files
 from alignment.recipe.algorithms import ALGORITHMS, Schema
-from alignment.recipe.schema import Recipe
+from alignment.recipe.schema import Recipe, linked
 
 STEPS = 2
 STAND_IN = "stand-in"
 ROWS = 12
 LENGTH = 96
+REPLY = 8
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-SCHEDULE = ("num_train_epochs", "warmup_steps", "torch_compile", "packing", "padding_free", "use_liger_kernel")
+SCHEDULE = ("num_train_epochs", "total_episodes", "num_mini_batches", "warmup_steps", "torch_compile", "packing",
+            "padding_free", "use_liger_kernel")  # fmt: skip
 
 
 def length_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -103,9 +105,9 @@ def _shrink(
         stage.pop(key, None)
     if stage.get("model"):
         stage["model"] = _small_model(stage["model"], folder, say)
-    for key in ("models", "scorers"):
+    for key, made in (("models", _model_folder), ("scorers", _scorer_folder)):
         if key in stage:
-            stage[key] = [link if link.startswith("stage:") else _model_folder(folder) for link in stage[key]]
+            stage[key] = [link if linked(link) else made(folder) for link in stage[key]]
     if row.schema is not None:
         source = [{"path": str(_rows(folder, row.schema))}]
         data = stage["data"]
@@ -113,21 +115,18 @@ def _shrink(
         if data.get("eval"):
             stage["data"]["eval"] = source
         stage["batch"] = {"global": 4, "per_device": 2}
-        stage["train"] = _short(name, dict(stage.get("train") or {}), say)
+        stage["train"] = _short(name, dict(stage.get("train") or {}), prompts=row.schema == "prompts", say=say)
     if "prompts" in stage:
         stage["prompts"] = [{"path": str(_rows(folder, "prompts"))}]
     if "pairs" in stage:
         stage["pairs"] = [{"path": str(_rows(folder, "preference"))}]
     if "rewards" in stage:
-        stage["rewards"] = [
-            {"name": reward["name"], "function": "alignment.training.smoke:length_reward"}
-            for reward in stage["rewards"]
-        ]
+        stage["rewards"] = [_small_reward(reward, folder) for reward in stage["rewards"]]
     if "sampling" in stage:
-        stage["sampling"] = stage["sampling"] | {"max_new_tokens": 8}
+        stage["sampling"] = stage["sampling"] | {"max_new_tokens": REPLY}
 
 
-def _short(name: str, train: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def _short(name: str, train: dict[str, Any], *, prompts: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """`train:` cut down to two steps."""
     for key in SCHEDULE:
         train.pop(key, None)
@@ -135,7 +134,8 @@ def _short(name: str, train: dict[str, Any], say: Callable[[str], None]) -> dict
     if any(word in optimizer for word in ("8bit", "4bit", "paged", "fused")) and not torch.cuda.is_available():
         say(f"  {name}: train.optim {optimizer} needs a GPU; adamw_torch stands in")
         train["optim"] = "adamw_torch"
-    train |= {"max_steps": STEPS, "logging_steps": 1, "max_length": LENGTH}
+    lengths = {"prompt_length": LENGTH, "response_length": REPLY} if prompts else {"max_length": LENGTH}
+    train |= {"max_steps": STEPS, "logging_steps": 1} | lengths
     if train.get("eval_strategy") == "steps":
         train["eval_steps"] = 1
     if train.get("eval_strategy") == "epoch":
@@ -158,6 +158,28 @@ def _small_model(model: Any, folder: Path, say: Callable[[str], None]) -> Any:
     if small.get("init"):
         small["init"] = {"config": CONFIG, "tokenizer": {"train": {"vocab_size": 512}}}
     return small
+
+
+def _small_reward(reward: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A stand-in for a function or a foreign reward model; a link, a pattern and a length stay."""
+    if reward.get("function"):
+        return reward | {"function": "alignment.training.smoke:length_reward"}
+    if reward.get("model") and not linked(reward["model"]):
+        return reward | {"model": _scorer_folder(folder)}
+    return reward
+
+
+def _scorer_folder(folder: Path) -> str:
+    """A folder with a reward model made of `_model_folder`'s, made once; its stored mean and deviation are made up."""
+    target = folder / "scorer"
+    if not target.exists():
+        model, tokenizer = load_scorer(_model_folder(folder), fresh_head=True)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.score.weight)  # a head of zeros scores everything alike
+        model.config.update({"score_mean": 0.0, "score_std": 1.0})
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return str(target)
 
 
 def _model_folder(folder: Path) -> str:

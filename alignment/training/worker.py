@@ -154,6 +154,8 @@ def _run(spec: StageSpec) -> None:
             f"left on signal {preemption.received} after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps}, saved; run the same command again to go on"
         )
+    if getattr(trainer, "stopped", None):
+        _say(f"  stopped after update {trainer.state.global_step}: {trainer.stopped}")
     metrics = _metrics(ctx, trainer)
     published = publish.publish(ctx, trainer, metrics)
     if published is not None:
@@ -242,7 +244,7 @@ def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
     for callback in (
         preemption,
         callbacks.FirstStep(trainer, expected, _say),
-        callbacks.Log(spec.output / runs.LOG, row.metric),
+        callbacks.Log(spec.output / runs.LOG, getattr(trainer, "for_the_log", dict)),
         callbacks.Progress(spec.stage, row.metric),
         callbacks.Seal(fingerprint_sha256=spec.fingerprint_sha256, keep=spec.config.checkpoints.keep, wait=wait),
     ):
@@ -299,7 +301,9 @@ def _metrics(ctx: Context, trainer: Trainer) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in metrics.items()
-        if isinstance(value, int | float) and key not in ("epoch", "step") and not key.endswith(callbacks.UNDER_TIME)
+        if isinstance(value, int | float)
+        and key not in ("epoch", "step")
+        and not (key.endswith(callbacks.UNDER_TIME) or key.startswith("time/"))
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.errors import RecipeError
-from alignment.evaluation.judges import Judge, JudgeError, judge_replies, load_judge
+from alignment.evaluation.judges import Judge, JudgeError, judge_replies, length_reward, load_judge, regex_reward
 from alignment.recipe.schema import Reward
 
 ROWS = [{"prompt": [{"role": "user", "content": f"question {index}"}], "answer": str(index)} for index in range(4)]
@@ -94,6 +94,27 @@ def test_the_gold_reward_of_the_quickstart_loads_from_its_file(root: Path) -> No
 
 def test_a_judge_loads_from_a_module() -> None:
     assert load_judge(Reward(function="math:fsum", name="sum")).function is math.fsum
+
+
+def test_a_pattern_is_searched_in_the_whole_reply() -> None:
+    judge = load_judge(Reward(name="format", regex="^a.*z$"))
+    replies = ["a\nz", "a z b", "ab z", ""]
+    assert judge_replies(judge, ROWS, replies, [True] * 4).tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert regex_reward("b")(prompts=[], completions=["abc", "ac"]) == [1.0, 0.0]
+    assert (judge.name, judge.source) == ("format", "regex ^a.*z$")
+
+
+def test_a_length_is_a_soft_limit_in_words() -> None:
+    judge = load_judge(Reward(name="brief", length=4))
+    replies = ["", "one two  three\nfour", "one two three four five", "word " * 8]
+    assert judge_replies(judge, ROWS, replies, [True] * 4).tolist() == [0.0, 0.0, -0.25, -1.0]
+    assert length_reward(2)(prompts=[], completions=["a b c"]) == [-0.5]
+    assert (judge.name, judge.source) == ("brief", "length 4")
+
+
+def test_a_reward_model_is_no_judge() -> None:
+    with pytest.raises(RecipeError, match="rewards: rm: a judge is a function; a reward model belongs in `scorers:`"):
+        load_judge(Reward(name="rm", model="stage:reward"))
 
 
 @pytest.mark.parametrize(

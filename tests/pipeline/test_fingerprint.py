@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from alignment.errors import DataError
 from alignment.pipeline import fingerprint as fp
 from alignment.pipeline.files import digest
+from alignment.recipe.algorithms import ALGORITHMS, TRAINED, dpo
 
 
 @pytest.fixture
@@ -108,6 +110,50 @@ def test_models_templates_and_judges_count_by_content(workplace: Path, identity:
     assert lines("sft", workplace / "base" / "metrics.json", "{}") == []
     assert lines("sft", workplace / "own.jinja", "{{ messages[0] }}", "chat_template=own.jinja") == ["chat_template"]
     assert lines("evaluate", workplace / "judge.py", "def score(): ...") == ["rewards[0].function.content"]
+
+
+REWARDS = "stages.evaluate.rewards="
+
+
+def test_judges_count_by_what_they_say(identity: Callable) -> None:
+    before = identity("evaluate")
+    assert before["rewards"] == [{"function": before["rewards"][0]["function"], "name": "length"}]  # no defaults
+    found = identity("evaluate", REWARDS + "[{name: a, regex: x}, {name: b, length: 4}]")
+    assert found["rewards"] == [{"name": "a", "regex": "x"}, {"name": "b", "length": 4}]
+
+
+def test_rewards_of_training_count_with_weight_and_scale(
+    workplace: Path, identity: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = replace(dpo, name="ppo", sections=TRAINED | {"rewards"}, schema="prompts")
+    monkeypatch.setitem(ALGORITHMS, "ppo", row)
+
+    def found(*rewards: str) -> dict[str, Any]:
+        return identity("dpo", "stages.dpo.algorithm=ppo", f"stages.dpo.rewards=[{', '.join(rewards)}]")
+
+    own, other = "{name: rm, model: base}", "{name: rm, model: base, weight: 2, normalize: running}"
+    assert fp.difference(found(own), found(other)) == [
+        "rewards[0].normalize: (absent) -> running", "rewards[0].weight: (absent) -> 2.0",
+    ]  # fmt: skip
+    assert found(own) == found("{name: rm, model: base, weight: 1}")
+    before = found(own)
+    assert found("{name: rm, model: org/name}")["rewards"][0]["model"] == "org/name"
+    (workplace / "base" / "model.safetensors").write_bytes(b"others")
+    (line,) = fp.difference(before["rewards"][0], found(own)["rewards"][0])
+    assert line.startswith("model: ")
+
+
+def test_a_linked_reward_model_counts_by_its_stage(identity: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(dpo, name="ppo", sections=TRAINED | {"rewards"}, schema="prompts")
+    monkeypatch.setitem(ALGORITHMS, "ppo", row)
+    monkeypatch.setitem(ALGORITHMS, "dpo", replace(dpo, publishes="sequence-classification"))
+    overrides = ["stages.kto.algorithm=ppo", "stages.kto.rewards=[{name: rm, model: stage:dpo}]",
+                 "stages.evaluate.models=[stage:sft]"]  # fmt: skip
+    before = identity("kto", *overrides)
+    assert before["rewards"] == [{"name": "rm", "model": "stage:dpo"}]
+    assert before["parents"] == {name: digest(identity(name, overrides[-1])) for name in ("sft", "dpo")}
+    changed = fp.difference(before, identity("kto", *overrides, "stages.dpo.train.beta=0.3"))
+    assert [line.partition(": ")[0] for line in changed] == ["parents.dpo"]
 
 
 def test_parents_count_by_their_fingerprint(identity: Callable) -> None:

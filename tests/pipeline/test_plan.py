@@ -13,6 +13,7 @@ from alignment.errors import ChainError, LockedError
 from alignment.pipeline import fingerprint, runs
 from alignment.pipeline import plan as planning
 from alignment.pipeline.locks import lock
+from alignment.recipe.algorithms import ALGORITHMS, TRAINED, dpo
 from alignment.recipe.schema import Launch
 
 
@@ -80,6 +81,21 @@ def test_stage_yaml_holds_absolute_paths_and_links_as_written(workplace: Path, l
     assert sft.data is not None
     assert sft.data.train[0].path == f"{workplace}/rows/sft.jsonl"
     assert sft.chat_template == "chatml"
+
+
+def test_stage_yaml_holds_absolute_paths_of_rewards(
+    workplace: Path, load: Callable, look: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = replace(dpo, name="ppo", sections=TRAINED | {"rewards"}, schema="prompts")
+    monkeypatch.setitem(ALGORITHMS, "ppo", row)
+    rewards = ('[{name: a, function: "judge.py:score"}, {name: b, model: base, weight: 2}, {name: c, length: 4}, '
+               '{name: d, model: org/name}]')  # fmt: skip
+    spec = look(load("stages.dpo.algorithm=ppo", f"stages.dpo.rewards={rewards}"), "dpo").spec
+    found = [reward.function or reward.model for reward in spec.config.rewards]
+    assert found == [f"{workplace}/judge.py:score", f"{workplace}/base", None, "org/name"]
+    path = planning.write_stage(spec)
+    assert planning.read_stage(path) == spec
+    assert planning.read_stage(path).config.rewards[1].weight == 2.0
 
 
 @pytest.mark.parametrize(

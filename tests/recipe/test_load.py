@@ -204,7 +204,9 @@ def test_planning_imports_nothing_heavy(good: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ALGORITHMS.values() if row.config], ids=lambda row: row.name)
 def test_every_algorithm_passes_with_its_defaults(row: Algorithm, problems: Callable[..., list[str]]) -> None:
-    text = f"name: x\nmodel: some/model\nstages: {{s: {{algorithm: {row.name}, data: {{train: [{{path: a}}]}}}}}}\n"
+    rewards = ", rewards: [{name: brief, length: 9}]" if "rewards" in row.sections else ""
+    stage = f"{{algorithm: {row.name}, data: {{train: [{{path: a}}]}}{rewards}}}"
+    text = f"name: x\nmodel: some/model\nstages: {{s: {stage}}}\n"
     assert problems(text) == []
     assert problems(text, ["stages.s.peft={}"]) == []
 

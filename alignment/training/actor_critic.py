@@ -1,0 +1,375 @@
+"""Policy and critic in one module, so that one optimizer, one engine and one checkpoint hold both.
+
+Three forms with one interface:
+
+    ActorCritic    two models: a causal LM and a scorer whose head is read at every token
+    SharedTrunk    one causal LM, and a value head on the hidden states that its output layer reads
+    SharedBase     LoRA: policy, critic and reference are adapters on one frozen base (`models/roles.py`)
+
+`forward` with `keep=T` gives what PPO needs of the last T tokens of each row; without it, the policy's own output, so
+that a module of any form can be probed like the model it publishes. Rows are prompts padded on the left and completions
+padded on the right. Letters: B rows, S tokens, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment.models.load import HEAD
+from alignment.models.roles import POLICY, Roles
+from alignment.training.objectives import entropy, log_probabilities
+
+CRITIC = "critic"  # the folder of the critic beside a published policy
+HEAD_FILE = "value_head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+DROPOUTS = ("attention_dropout", "attn_dropout", "dropout")  # floats that attention modules read themselves
+
+
+class Output(NamedTuple):
+    """What one pass says of the last T tokens of each row."""
+
+    log_probs: Tensor  # (B, T) of each token under the sampling distribution
+    values: Tensor  # (B, T + 1) of the state before each token, and after the last
+    entropy: Tensor | None = None  # (B, T) nats
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, S) that count only real tokens, so that padding moves nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def reply_logits(logits: Tensor, *, temperature: float, vocabulary: int) -> Tensor:
+    """The logits (B, T, V) of the sampling distribution from those of the last T + 1 positions.
+
+    Divided by the temperature; without the rows that only pad the embedding, which are never drawn.
+    """
+    return logits[:, :-1, :vocabulary].float() / temperature
+
+
+def switch_off_dropout(module: nn.Module) -> None:
+    """Set every dropout rate to 0: with dropout the ratio of the first pass is not 1.
+
+    Modules stay in training mode, which gradient checkpointing needs.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in DROPOUTS:
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+class ActorCritic(nn.Module):
+    """A policy and a critic that is a model of its own.
+
+    Args:
+        policy: a causal LM.
+        critic: a sequence classifier with one output; its head is read at every token.
+        vocabulary: ids that can be drawn; the logits beyond belong to padding of the embedding.
+    """
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, vocabulary: int):
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.vocabulary = vocabulary
+        self.checkpointing: dict[str, Any] = {}
+        switch_off_dropout(self)
+
+    @property
+    def config(self) -> Any:
+        """The policy's configuration: DeepSpeed and the Trainer read sizes from it."""
+        return self.policy.config
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the reference stands on the same weights, so that no model of its own is needed."""
+        return False
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """What only the critic uses."""
+        assert self.critic is not None
+        return self.critic.parameters()
+
+    @contextmanager
+    def as_policy(self) -> Iterator[PreTrainedModel]:
+        """The policy for drawing replies."""
+        yield self.policy
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        device: torch.device = self.policy.device
+        return device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        keep: int | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        **options: Any,
+    ) -> Any:
+        """See the module: `Output` of the last `keep` tokens, or the policy's plain output."""
+        if keep is None:
+            return self.policy(input_ids=input_ids, attention_mask=attention_mask, **options)
+        logits, hidden = self._run(input_ids, attention_mask, keep)
+        logits = reply_logits(logits, temperature=temperature, vocabulary=self.vocabulary)
+        return Output(
+            log_probs=log_probabilities(logits, input_ids[:, -keep:]),
+            values=self._values(hidden),
+            entropy=entropy(logits) if with_entropy else None,
+        )
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """Logits (B, T + 1, V) of the policy and hidden states (B, T + 1, H) of the critic."""
+        assert self.critic is not None
+        inputs = _inputs(input_ids, attention_mask)
+        logits = self.policy(**inputs, logits_to_keep=keep + 1).logits
+        trunk = getattr(self.critic, self.critic.base_model_prefix)
+        return logits, trunk(**inputs).last_hidden_state[:, -(keep + 1) :]
+
+    def _values(self, hidden: Tensor) -> Tensor:
+        # In float32 whatever is autocast: near values would become ties in bfloat16.
+        head = self._head()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+    def _head(self) -> nn.Linear:
+        head: nn.Linear = getattr(self.critic, HEAD)
+        return head
+
+    # --- what the Trainer asks of a model ---------------------------------------------------------------------------
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return bool(self.policy.is_activation_checkpointing)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """In every trained model; the options are kept for when it is switched on again."""
+        self.checkpointing = options
+        for model in self._models():
+            model.activation_checkpointing_enable(**options)
+
+    # TRL switches it off around generation, and on again, by the names that Transformers deprecates.
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        """As it was before it was switched off."""
+        self.activation_checkpointing_enable(**self.checkpointing)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """In every trained model."""
+        for model in self._models():
+            model.activation_checkpointing_disable()
+
+    def _models(self) -> Iterator[PreTrainedModel]:
+        yield self.policy
+        if self.critic is not None:
+            yield self.critic
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the policy at the root of `folder` and the critic under `critic/`, from a whole state dict."""
+        self.policy.save_pretrained(folder, state_dict=_under("policy.", state))
+        assert self.critic is not None
+        self.critic.save_pretrained(folder / CRITIC, state_dict=_under("critic.", state))
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote, every tensor of it.
+
+        Raises:
+            RuntimeError: a tensor is missing.
+        """
+        _load_whole(self.policy, folder)
+        assert self.critic is not None
+        _load_whole(self.critic, folder / CRITIC)
+
+
+class SharedTrunk(ActorCritic):
+    """A policy whose last hidden states a linear value head reads: half the arithmetic, one set of weights.
+
+    The head starts at zero.
+    """
+
+    def __init__(self, policy: PreTrainedModel, *, vocabulary: int):
+        super().__init__(policy, None, vocabulary=vocabulary)
+        size = policy.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(size, 1, bias=False, device=policy.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """The value head."""
+        return self.value_head.parameters()
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        with watch_output_layer(self.policy) as seen:
+            logits = self.policy(**_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
+        return logits, seen[0]
+
+    def _head(self) -> nn.Linear:
+        return self.value_head
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the policy at the root of `folder` and the value head under `critic/`."""
+        self.policy.save_pretrained(folder, state_dict=_under("policy.", state))
+        save_head(folder, state["value_head.weight"])
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
+        _load_whole(self.policy, folder)
+        load_head(folder, self.value_head)
+
+
+class SharedBase(ActorCritic):
+    """LoRA: policy and critic are adapters on one frozen base, the reference is the base or a frozen adapter.
+
+    One pass runs policy and critic as two blocks of rows (`models/roles.py`); the output layer sees the policy's only.
+    The value head starts at zero.
+
+    Args:
+        model: a PEFT model whose adapter `default` is the policy.
+        reference: the name of a frozen adapter; None: the base without any.
+    """
+
+    def __init__(self, model: Any, *, reference: str | None, vocabulary: int):
+        super().__init__(model, None, vocabulary=vocabulary)
+        self.reference = reference
+        model.add_adapter(CRITIC, _copied(model.peft_config[POLICY]))
+        self.roles = Roles(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
+        size = model.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(size, 1, bias=False, device=model.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        switch_off_dropout(self)
+
+    @property
+    def has_reference(self) -> bool:
+        """Always: the base, or an adapter on it."""
+        return True
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """The critic's adapter and its head."""
+        yield from self.value_head.parameters()
+        yield from (p for name, p in self.policy.named_parameters() if f".{CRITIC}." in name)
+
+    @contextmanager
+    def as_policy(self) -> Iterator[Any]:
+        """The base with the policy's adapter on."""
+        with self.roles.rows(POLICY):
+            yield self.policy
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None, *, reference: bool = False,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """As `ActorCritic`; with `reference`, its log-probabilities instead of the policy's."""
+        if keep is None:
+            with self.roles.rows(POLICY):
+                return self.policy(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if not reference:
+            return super().forward(input_ids, attention_mask, keep, **options)
+        with self.roles.rows(self.reference):
+            logits = self.policy(**_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
+        logits = reply_logits(logits, temperature=options["temperature"], vocabulary=self.vocabulary)
+        return log_probabilities(logits, input_ids[:, -keep:])
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        twice, mask = input_ids.repeat(2, 1), attention_mask.repeat(2, 1)
+        # Set until the next pass and not only during this one: checkpointed layers run again in the backward pass.
+        self.roles.set(POLICY, CRITIC)
+        with watch_output_layer(self.policy, keep_first_of=2) as seen:
+            logits = self.policy(**_inputs(twice, mask), logits_to_keep=keep + 1).logits
+        return logits, seen[0].chunk(2)[1]
+
+    def _head(self) -> nn.Linear:
+        return self.value_head
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the policy's adapter at the root of `folder`, the critic's and its head under `critic/`."""
+        own = _under("policy.", state)
+        self.policy.save_pretrained(folder, state_dict=own, selected_adapters=[POLICY, CRITIC])
+        save_head(folder, state["value_head.weight"])
+
+    def load(self, folder: Path) -> None:
+        """Read back what `save` wrote."""
+        for name, where in ((POLICY, folder), (CRITIC, folder / CRITIC)):
+            result = set_peft_model_state_dict(self.policy, load_file(where / ADAPTER_FILE), adapter_name=name)
+            if result.unexpected_keys:
+                raise RuntimeError(f"{where}: not this adapter: {result.unexpected_keys[0]}")
+        load_head(folder, self.value_head)
+
+
+def _copied(config: Any) -> Any:
+    """The same kind of adapter for another role; it trains no whole modules."""
+    own = copy.deepcopy(config)
+    own.modules_to_save = None
+    return own
+
+
+@contextmanager
+def watch_output_layer(model: Any, keep_first_of: int = 1) -> Iterator[list[Tensor]]:
+    """Collects what the output layer is given, (B, T + 1, H) where `logits_to_keep` is T + 1.
+
+    Read there and not from `last_hidden_state`, because some architectures scale or cap their logits in `forward`.
+
+    Args:
+        keep_first_of: the rows are so many blocks; the layer itself sees the first one only.
+    """
+    seen: list[Tensor] = []
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0])
+        return (inputs[0].chunk(keep_first_of)[0], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What every forward pass is given."""
+    positions = positions_of(attention_mask)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+
+
+def save_head(folder: Path, weight: Tensor) -> None:
+    """Write a value head under `critic/`."""
+    (folder / CRITIC).mkdir(parents=True, exist_ok=True)
+    save_file({"weight": weight.detach().cpu().contiguous()}, folder / CRITIC / HEAD_FILE)
+
+
+def load_head(folder: Path, head: nn.Linear) -> None:
+    """Read back what `save_head` wrote."""
+    head.load_state_dict(load_file(folder / CRITIC / HEAD_FILE))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _load_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Every tensor of a safetensors folder, and no other; a tied one stands in the file once."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lost = sorted(set(missing) - tied)
+    if lost or unexpected:
+        raise RuntimeError(f"{folder}: not the weights of this model: {(lost or unexpected)[0]}")
