@@ -1,7 +1,7 @@
-"""The command line: `alignment check | run | status | runs | chat | export | env`.
+"""The command line: `alignment check | run | status | runs | report | chat | export | env`.
 
 Parsing, printing and exit codes only. Whatever imports torch is imported inside the command that needs it, so that
-`--help`, `run --dry-run`, `check --quick`, `status`, `runs` and `env` answer at once on a login node.
+`--help`, `run --dry-run`, `check --quick`, `status`, `runs`, `report` and `env` answer at once on a login node.
 """
 
 from __future__ import annotations
@@ -131,6 +131,25 @@ def _runs(arguments: argparse.Namespace) -> int:
         print(line)
     if not found:
         print(f"no runs in {arguments.runs}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from alignment.evaluation import diagnose
+    from alignment.pipeline import overview
+
+    run, stage = overview.find(arguments.name, arguments.runs)
+    names = [stage] if stage else overview.stage_names(run)
+    if arguments.diagnose:
+        found = diagnose.diagnose(run, names)
+        lines = [line for diagnosis in found for line in diagnose.text(diagnosis)]
+        said: dict[str, Any] = {"stages": [asdict(diagnosis) for diagnosis in found]}
+    else:
+        pages = diagnose.reports(run, names)
+        none = f"no report.md in {arguments.name}: `alignment status {run}` shows how its stages stand"
+        lines = [page.rstrip() for page in pages.values()] or [none]
+        said = {"reports": pages}
+    print(json.dumps({"run": str(run), "code": 0, **said}) if arguments.json else "\n".join(lines))
     return 0
 
 
@@ -309,6 +328,17 @@ def _add_inspection(commands: Any) -> None:
         "The latest first.\n\n  alignment runs --runs /scratch/runs",
     )  # fmt: skip
     _add_runs(parser)
+    _add_json(parser)
+    parser = _command(
+        commands, "report", _report, "print what a run has found out, or what its logs show",
+        "The pages that its evaluate stages wrote. With --diagnose: faults that the log of each stage\n"
+        "shows (KL that grows without reward, a critic that does not learn, a loss that rises ...), with\n"
+        "numbers, the usual cause, and the key of the recipe to change. Findings do not change the exit\n"
+        "code.\n\n  alignment report quickstart\n  alignment report quickstart/dpo --diagnose",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
+    _add_runs(parser)
+    parser.add_argument("--diagnose", action="store_true", help="read each stage's log.jsonl and say what is wrong")
     _add_json(parser)
     parser = _command(
         commands, "env", _env, "show versions, devices, and what is missing for what",

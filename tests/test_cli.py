@@ -14,7 +14,7 @@ import pytest
 from alignment import cli
 from alignment.recipe.algorithms import ALGORITHMS
 
-COMMANDS = ("check", "run", "status", "runs", "chat", "export", "env")
+COMMANDS = ("check", "run", "status", "runs", "report", "chat", "export", "env")
 HEAVY = ("torch", "transformers", "trl", "datasets", "deepspeed", "accelerate", "numpy", "pyarrow")
 NOTICE = f"""
 import sys
@@ -27,6 +27,14 @@ print("IMPORTED", *sorted(loaded), "CODE", code, file=sys.stderr)
 
 def python(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def logged_run(run: Path) -> None:
+    """A run of two stages: a loss that rises, and an evaluation that has not been."""
+    (run / "sft").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("stages: {sft: {algorithm: sft}, evaluate: {algorithm: evaluate}}\n")
+    lines = [{"step": 5 * number, "loss": 1 + number / 10, "grad_norm": 1.0} for number in range(1, 13)]
+    (run / "sft" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path) -> None:
@@ -44,14 +52,17 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path) -> None:
         ["check", "recipes/quickstart.yaml", "--quick"],
         ["runs", "--runs", "RUNS"],
         ["status", "nothing", "--runs", "RUNS"],
+        ["report", "nothing", "--runs", "RUNS"],
+        ["report", "RUNS/logged", "--diagnose"],
         ["env"],
     ],
-    ids=lambda words: words[0],
+    ids=" ".join,
 )
 def test_the_login_node_commands_import_nothing_heavy(root: Path, tmp_path: Path, words: list[str]) -> None:
-    done = python("-c", NOTICE, *[str(tmp_path) if word == "RUNS" else word for word in words], cwd=root)
+    logged_run(tmp_path / "logged")
+    done = python("-c", NOTICE, *[word.replace("RUNS", str(tmp_path)) for word in words], cwd=root)
     last = done.stderr.splitlines()[-1]
-    assert last == f"IMPORTED CODE {2 if words[0] == 'status' else 0}", done.stderr
+    assert last == f"IMPORTED CODE {2 if 'nothing' in words else 0}", done.stderr
 
 
 def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +103,8 @@ def test_every_flag_is_explained() -> None:
         (["run", "bad.yaml"], "bad.yaml:4: stages.sft.algorithm: "),
         (["check", "bad.yaml"], "bad.yaml:4: stages.sft.algorithm: "),
         (["status", "x"], "x: no such run in runs"),
+        (["report", "x"], "x: no such run in runs"),
+        (["report", "x", "--diagnose"], "x: no such run in runs"),
         (["chat", "x"], "x: no such run in runs"),
         (["export", "x", "out"], "x: no such run in runs"),
     ],
@@ -180,6 +193,45 @@ def test_env_says_what_is_missing_for_what(capsys: pytest.CaptureFixture[str], m
 def test_runs_of_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs", "--runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+
+
+def test_report_says_what_the_logs_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged_run(tmp_path / "logged")
+    words = ["report", "logged", "--runs", str(tmp_path), "--diagnose"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "sft: 4 rules looked at 12 logged lines, steps 5 to 60: 1 finding"
+    assert printed[2] == "  warning  loss-rises, steps 5 to 60"
+    assert printed[3].startswith("    shows   loss 1.15 in the first fifth, 2.15 in the last (noise ")
+    assert "stages.sft.train.learning_rate" in printed[5]
+    assert printed[-1] == "evaluate: no log.jsonl: nothing to judge"
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["code"]) == (str(tmp_path / "logged"), 0)
+    assert [stage["stage"] for stage in found["stages"]] == ["sft", "evaluate"]
+    assert found["stages"][0]["findings"][0]["rule"] == "loss-rises"
+    assert cli.main(["report", str(tmp_path / "logged" / "evaluate"), "--diagnose"]) == 0
+    assert capsys.readouterr().out == "evaluate: no log.jsonl: nothing to judge\n"
+    (tmp_path / "logged" / "sft" / "log.jsonl").write_text("nonsense\n{}\n")
+    assert cli.main(words) == 2
+    assert "log.jsonl:1: damaged: no JSON object with a step" in capsys.readouterr().err
+
+
+def test_report_prints_the_page_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "logged"
+    logged_run(run)
+    words = ["report", "logged", "--runs", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"no report.md in logged: `alignment status {run}` shows how its stages stand\n"
+    assert cli.main(["status", str(run)]) == 0, "the command that it names"
+    capsys.readouterr()
+    (run / "evaluate").mkdir()
+    (run / "evaluate" / "report.md").write_text("# Evaluation of sft\n")
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "# Evaluation of sft\n"
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"run": str(run), "code": 0, "reports": {"evaluate": "# Evaluation of sft\n"}}
 
 
 def test_smoke_is_handed_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
