@@ -160,6 +160,14 @@ def tiny_stages(data_folder: Path) -> dict[str, Any]:
         "reward": stage("reward", "preferences"),
         "dpo": stage("dpo", "preferences"),
         "kto": stage("kto", "unpaired"),
+        "ppo": {
+            "algorithm": "ppo",
+            "model": "stage:sft",
+            "data": {"train": [{"path": str(data_folder / "prompts.jsonl")}]},
+            "batch": {"global": 8, "per_device": 4},
+            "rewards": [{"name": "letters", "regex": "[a-m]"}],
+            "train": {"max_steps": 4, "learning_rate": 1e-3, "response_length": 8, "num_ppo_epochs": 2},
+        },
     }
 
 

@@ -66,6 +66,36 @@ def test_two_ranks_train_as_one_process_does(
         assert tensor.float().numpy() == pytest.approx(theirs[name].numpy(), abs=2e-4), name
 
 
+@needs_compiler
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_ppo_is_the_same_however_it_is_sharded(
+    adapters: bool,
+    root: Path,
+    tiny_run: Path,
+    tiny_recipe: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Two ranks, plain, ZeRO-2 and ZeRO-3: the same replies, numbers and weights; what is saved loads."""
+    changes: dict[str, Any] = {"model": str(tiny_run / "sft"), "batch": {"per_device": 2}}
+    if adapters:
+        changes["peft"] = {"r": 4, "target_modules": "all-linear"}
+    found = {}
+    for name, file in {"plain": None, "zero2": "zero2", "zero3": "zero3"}.items():
+        recipe = tiny_recipe("ppo", ppo=changes) | {"name": name}
+        recipe["launch"] = {"processes": 2} | ({"deepspeed": str(root / f"ds_configs/{file}.json")} if file else {})
+        stage = launch(recipe, tmp_path, root) / "ppo"
+        log = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+        weights = load_file(stage / ("adapter_model.safetensors" if adapters else "model.safetensors"))
+        found[name] = [line for line in log if "objective/scores" in line], weights
+    for name in ("zero2", "zero3"):
+        for ours, theirs in zip(found[name][0], found["plain"][0], strict=True):
+            assert ours["samples"] == theirs["samples"]
+            for key in ("objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg", "val/ratio"):
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5), (name, key)
+        for key, tensor in found["plain"][1].items():
+            assert found[name][1][key].float().numpy() == pytest.approx(tensor.numpy(), abs=2e-4), (name, key)
+
+
 def test_by_hand_as_on_any_cluster(
     root: Path, tiny_run: Path, tiny_recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
