@@ -74,7 +74,7 @@ def require_room(model: Policy, prompt: int, new: int) -> None:
     if limit is not None and prompt + new > limit:
         raise ModelError(
             f"{model.config.name_or_path or 'the model'}: a prompt of {prompt} tokens and max_new_tokens {new} exceed "
-            f"its {limit} positions; lower sampling.max_new_tokens or leave out the longest prompts"
+            f"its {limit} positions; lower max_new_tokens (in ppo: response_length) or leave out the longest prompts"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from alignment.errors import RecipeError
@@ -39,10 +40,10 @@ class Roles:
             _require_plain(name, layer)
             layer.forward = partial(self._forward, layer)
         for name, part in model.named_modules():
-            if type(part).__name__ == "ModulesToSaveWrapper":
+            if isinstance(part, AuxiliaryTrainingWrapper):
                 raise RecipeError(
-                    f"peft.modules_to_save: {name} is trained whole, and policy, critic and reference share one base "
-                    "here; leave it out, or train without `peft:`"
+                    f"peft: {name} is trained beside its adapter (modules_to_save, trainable_token_indices), and "
+                    "policy and reference share one base here; leave that out, or train without `peft:`"
                 )
 
     def set(self, *adapters: str | None) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from trl.models.utils import unwrap_model_for_generation
 
@@ -348,8 +349,6 @@ class PPOTrainer(Checked, Trainer):
     def _no_sync(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         return nullcontext() if self.is_deepspeed_enabled else self.accelerator.no_sync(model)
 
-    # --- ranks ------------------------------------------------------------------------------------------------------
-
     def _seeded(self, update: int) -> AbstractContextManager[None]:
         """Draws that depend on nothing but seed, update and rank."""
         return seeded(self.args.seed, update, self.args.process_index, device=self.args.device)
@@ -358,17 +357,13 @@ class PPOTrainer(Checked, Trainer):
     def _for_generation(self, model: torch.nn.Module) -> Iterator[Any]:
         """The policy, ready to draw: gathered once under ZeRO-3, key-value cache on, in eval mode."""
         gather = self.settings.ds3_gather_for_generation
+        # On CPUs autocast costs a cast of every weight for every token, which bfloat16 does not earn back.
+        autocast = self.accelerator.autocast() if self.args.device.type == "cuda" else nullcontext()
         with unwrap_model_for_generation(model, self.accelerator, gather_deepspeed3_params=gather) as module:
             module.eval()
-            try:
-                with module.as_policy() as policy, self._autocast_on_gpu():
-                    yield policy
-            finally:
-                module.train()
-
-    def _autocast_on_gpu(self) -> AbstractContextManager[Any]:
-        """On CPUs autocast costs a cast of every weight for every token, which bfloat16 does not earn back."""
-        return self.accelerator.autocast() if self.args.device.type == "cuda" else nullcontext()
+            with module.as_policy() as policy, autocast:
+                yield policy
+            module.train()
 
     def _tensors(self, episodes: Episodes, indices: Sequence[int]) -> tuple[Tensor, Tensor, int]:
         return episodes.tensors(indices, pad_id(self.tokenizer), self.args.device)
@@ -383,6 +378,13 @@ class PPOTrainer(Checked, Trainer):
     def _module(self) -> ActorCritic:
         module: ActorCritic = self.accelerator.unwrap_model(self.model)
         return module
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Whole batches only: each update has the same number of episodes, and evaluation answers every prompt."""
+        self.args.dataloader_drop_last = True
+        loader = super().get_train_dataloader()
+        self.args.dataloader_drop_last = False
+        return loader
 
     # --- log, evaluation, files -------------------------------------------------------------------------------------
 
@@ -434,6 +436,7 @@ class PPOTrainer(Checked, Trainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self._module.save(folder, self._module.state_dict() if state_dict is None else state_dict)
+            self.tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._module.load(Path(resume_from_checkpoint))

@@ -117,6 +117,8 @@ class PPOConfig(TrainingArguments):
             raise ValueError(
                 f"temperature must be above 0, found {self.temperature}: greedy replies cannot be learned from"
             )
+        if self.total_episodes is not None and self.max_steps > 0:
+            raise ValueError("total_episodes and max_steps both say when to stop; give one of them")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rows % self.num_mini_batches:
             raise ValueError(

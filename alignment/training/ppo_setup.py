@@ -38,10 +38,14 @@ def assemble(
     if isinstance(model, ActorCritic):
         return model
     size = vocabulary_size(tokenizer)
+    if value_model is not None and (peft_config is not None or args.critic == "shared"):
+        raise RecipeError("value_model: is not used with critic: shared or with adapters; leave it out")
     if peft_config is not None:
         return SharedBase(get_peft_model(model, peft_config), reference=None, vocabulary=size)
-    if value_model is None or args.critic == "shared":
+    if args.critic == "shared":
         return SharedTrunk(model, vocabulary=size)
+    if value_model is None:
+        raise RecipeError("value_model: critic: separate needs one; pass a scorer, or set critic: shared")
     return ActorCritic(model, value_model, vocabulary=size)
 
 
@@ -98,7 +102,6 @@ def one_step_per_update(args: PPOConfig, local_rows: int) -> PPOConfig:
     own = copy.copy(args)
     own.per_device_train_batch_size, own.gradient_accumulation_steps = local_rows, 1
     own.remove_unused_columns = False  # rewards read the other columns
-    own.dataloader_drop_last = True
     if args.total_episodes is not None:
         own.max_steps = math.ceil(args.total_episodes / (local_rows * args.world_size))
     return own

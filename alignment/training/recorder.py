@@ -1,6 +1,7 @@
 """The flight recorder of PPO: what each update showed, for log.jsonl.
 
-Numbers of several updates between two log lines are averaged; seconds and tokens are added up. Names are those that
+Numbers of several updates between two log lines are averaged; of maxima the largest counts; seconds and tokens are
+added up. Names are those that
 TRL's trainer had, where it had one.
 """
 
@@ -12,8 +13,10 @@ from typing import Any
 
 from alignment.training import objectives
 from alignment.training.objectives import Total, masked_mean, masked_sum, masked_variance
+from alignment.training.ranks import largest
 from alignment.training.rollout import Rollout, Scores
 
+MAXIMA = ("val/ratio_max", "completions/max_length")
 SUMMED = ("time/generate", "time/score", "time/update", "tokens")
 
 
@@ -32,7 +35,7 @@ class Recorder:
         """The line of all that was added since the last one."""
         line = {}
         for name, values in self.numbers.items():
-            line[name] = sum(values) / (1 if name in SUMMED else len(values))
+            line[name] = max(values) if name in MAXIMA else sum(values) / (1 if name in SUMMED else len(values))
         tokens = line.pop("tokens", 0.0)
         seconds = sum(line.get(name, 0.0) for name in SUMMED)
         if seconds > 0:
@@ -81,6 +84,7 @@ def rollout_numbers(rollout: Rollout, scores: Scores, *, kl_coef: float, total: 
         "advantages/mean": float(masked_mean(rollout.raw_advantages, mask, total)),
         "advantages/std": float(masked_variance(rollout.raw_advantages, mask, total).sqrt()),
         "completions/mean_length": mean(lengths),
+        "completions/max_length": float(largest(lengths.max())),
         "completions/eos_share": mean(finished),
         "completions/truncated_share": 1 - mean(finished),
         "completions/repeated_ngrams": mean(finished.new_full(finished.shape, repeated)),

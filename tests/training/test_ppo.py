@@ -46,7 +46,9 @@ def make(tiny_policy: Path, tiny_tokenizer: Any, tmp_path: Path, write_jsonl: An
             models["peft_config"] = LoraConfig(**LORA)
         else:
             models["ref_model"] = load_policy(tiny_policy)[0]
-            if form == "separate":
+            if form == "trunk":
+                settings["critic"] = "shared"
+            else:
                 models["value_model"] = load_scorer(tiny_policy, fresh_head=True)[0]
         words = "a b c d e f g h i j k l m n o p".split()
         rows = Dataset.from_list(
@@ -303,12 +305,40 @@ def test_a_reference_that_is_the_policy_is_refused(make: Make, tiny_policy: Path
     with pytest.raises(RecipeError, match="is the policy itself"):
         PPOTrainer(
             policy, trainer.settings, trainer.train_dataset, processing_class=tiny_tokenizer, reward_funcs=letters,
-            ref_model=policy,
+            ref_model=policy, value_model=trainer.model.critic,
         )  # fmt: skip
     with pytest.raises(RecipeError, match="needs its reference passed"):
         PPOTrainer(
-            policy, trainer.settings, trainer.train_dataset, processing_class=tiny_tokenizer, reward_funcs=letters
-        )
+            policy, trainer.settings, trainer.train_dataset, processing_class=tiny_tokenizer, reward_funcs=letters,
+            value_model=trainer.model.critic,
+        )  # fmt: skip
+
+
+def test_a_critic_that_would_not_be_used_is_refused(make: Make, tiny_tokenizer: Any) -> None:
+    trainer = make()
+    for settings, critic, words in (
+        ({"critic": "shared"}, trainer.model.critic, "is not used with critic: shared"),
+        ({}, None, "critic: separate needs one"),
+    ):
+        args = PPOConfig(output_dir="out", use_cpu=True, bf16=False, **settings)
+        with pytest.raises(RecipeError, match=words):
+            PPOTrainer(
+                trainer.model.policy, args, trainer.train_dataset, processing_class=tiny_tokenizer,
+                reward_funcs=letters, ref_model=trainer.ref_model, value_model=critic,
+            )  # fmt: skip
+
+
+def test_every_evaluation_prompt_is_answered(make: Make) -> None:
+    trainer = make(per_device_eval_batch_size=8)
+    before = trainer.controllers()
+    numbers = trainer.evaluate(trainer.train_dataset.select(range(11)))
+    assert numbers["eval_rewards/letters"] >= 0
+    seen: list[int] = []
+    own = trainer.rollout
+    trainer.rollout = lambda model, rows: seen.append(len(rows)) or own(model, rows)  # type: ignore[func-returns-value]
+    trainer.evaluate(trainer.train_dataset.select(range(11)))
+    assert seen == [8, 3]
+    assert trainer.controllers() == before
 
 
 def test_a_reference_that_shares_weights_is_named(make: Make) -> None:
@@ -451,7 +481,11 @@ def test_no_switch_freezes_an_adapter(on_one_base: SharedBase) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [({"use_dora": True}, "variant of LoRA"), ({"modules_to_save": ["embed_tokens"]}, "trained whole")],
+    [
+        ({"use_dora": True}, "variant of LoRA"),
+        ({"modules_to_save": ["embed_tokens"]}, "trained beside its adapter"),
+        ({"trainable_token_indices": [1, 2]}, "trained beside its adapter"),
+    ],
 )
 def test_adapters_that_cannot_share_a_base_are_refused(tiny_policy: Path, keys: dict[str, Any], words: str) -> None:
     policy, _ = load_policy(tiny_policy)
