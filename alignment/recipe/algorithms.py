@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from alignment.recipe import online
+
 Schema = Literal["text", "messages", "preference", "unpaired", "prompts"]
 Kind = Literal["causal-lm", "sequence-classification"]
 Train = Mapping[str, Any]
@@ -53,6 +55,7 @@ class Algorithm:
         batch_dependent: the loss of a row depends on the other rows of its forward pass, so `batch.per_device` is
             part of the fingerprint.
         init: may start from random weights (`model: {init: ...}`).
+        groups: `train.num_generations` replies are drawn to each prompt, and batches hold whole groups of them.
         needs: checks of the full `train` mapping beyond the type and range of each key: yields (key, what is wrong and
             what to do).
     """
@@ -74,6 +77,7 @@ class Algorithm:
     smallest_batch: int = 1
     batch_dependent: bool = False
     init: bool = False
+    groups: bool = False
     needs: Callable[[Train], Iterator[tuple[str, str]]] = lambda train: iter(())
 
 
@@ -124,8 +128,15 @@ def _dpo_first_loss(train: Train) -> float | None:
     return LN2 if train["loss_type"] == ["sigmoid"] and not train.get("use_weighting") else None
 
 
+def _above_zero(train: Train) -> Iterator[tuple[str, str]]:
+    """Elsewhere 0 switches the reference off; these losses divide by beta, or are constant at 0."""
+    if train["beta"] == 0:
+        yield "beta", "must be above 0, found 0"
+
+
 def _dpo_needs(train: Train) -> Iterator[tuple[str, str]]:
     """What DPOTrainer refuses, or takes and does not do (trl/trainer/dpo_trainer.py, `__init__`)."""
+    yield from _above_zero(train)
     losses, weights, smoothing = train["loss_type"], train["loss_weights"], train["label_smoothing"]
     if weights is not None and len(weights) != len(losses):
         yield "loss_weights", f"has {len(weights)} weights for {len(losses)} losses; give one for each"
@@ -245,6 +256,7 @@ sigmoid_norm = _variant(
 
 def _kto_needs(train: Train) -> Iterator[tuple[str, str]]:
     """KTOTrainer pairs each row with its neighbour to estimate the KL term (trl/trainer/kto_trainer.py)."""
+    yield from _above_zero(train)
     if train["loss_type"] == "kto" and train["train_sampling_strategy"] != "sequential":
         yield "train_sampling_strategy", "must be sequential: the KL term pairs each row with its neighbour"
 
@@ -277,6 +289,32 @@ ppo = Algorithm(
     metric=("score", "objective/scores"),
 )  # fmt: skip
 
+rloo = Algorithm(
+    name="rloo",
+    summary="REINFORCE with several replies to a prompt, each compared with the mean of the others; no critic",
+    paper="Ahmadian et al. 2024 (arXiv:2402.14740)",
+    build="alignment.training.builders:rloo",
+    schema="prompts",
+    config="trl.trainer.rloo_config:RLOOConfig",
+    sections=TRAINED | {"rewards"},
+    roles=(*POLICY_AND_REFERENCE, Role("scorer", trained=False)),
+    # Replies are drawn in training mode, and two passes over one reply must agree: the ratio starts at 1.
+    defaults={"disable_dropout": True},
+    metric=("reward", "reward"),
+    groups=True,
+    needs=online.rloo_needs,
+)
+
+grpo = replace(
+    rloo,
+    name="grpo",
+    summary="group relative policy optimization: a reply's reward on the scale of its group; no critic",
+    paper="Shao et al. 2024 (arXiv:2402.03300); the loss of DAPO, Yu et al. 2025 (arXiv:2503.14476)",
+    build="alignment.training.builders:grpo",
+    config="trl.trainer.grpo_config:GRPOConfig",
+    needs=online.grpo_needs,
+)
+
 evaluate = Algorithm(
     name="evaluate",
     summary="generate from several models on the same prompts and compare: judges, win rate, KL, reward-model accuracy",
@@ -293,7 +331,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     row.name: row
     for row in (
         pretrain, sft, reward, dpo, ipo, hinge, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired,
-        apo_zero, apo_down, discopop, sigmoid_norm, kto, ppo, evaluate,
+        apo_zero, apo_down, discopop, sigmoid_norm, kto, ppo, rloo, grpo, evaluate,
     )
 }  # fmt: skip
 
@@ -356,7 +394,7 @@ OWNED: dict[str, str] = {
     "hub_revision": "cannot be set: publish with `alignment export`",
     "auto_find_batch_size": "cannot be set: it changes the batch in silence",
     "disable_tqdm": "is set by `--quiet`",
-}
+} | online.OWNED
 
 # The same for `peft`: every adapter is a LoRA that starts as no change of an unchanged base. With the adapter switched
 # off the model must be the reference, and the base must be the one that the manifest names.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment.recipe.algorithms import ALGORITHMS, Algorithm, Kind
+from alignment.recipe.online import adapter_problems, group_problems
 from alignment.recipe.problems import Place, Problems, did_you_mean, shown
 from alignment.recipe.resolve import full_train, parents, resolve
 from alignment.recipe.schedule import schedule_problems
@@ -185,6 +186,8 @@ def _check_trainer(subject: _Subject) -> None:
         check_peft(stage.peft, ("stages", subject.name, "peft"), subject.problems)
     train = {key: value for key, value in stage.train.items() if key in sound}
     full = full_train(stage.model_copy(update={"train": train}))
+    for key, message in adapter_problems(stage.peft or {}) if row.groups else ():
+        subject.add("peft", key, message=message)
     told = set()
     for key, message in (*row.needs(full), *schedule_problems(subject.resolved, full, sound)):
         subject.add("train", key, message=message)
@@ -227,6 +230,9 @@ def _check_batch(subject: _Subject) -> None:
             f"(batch.per_device); the nearest legal value{'s are' if whole else ' is'} {' or '.join(legal)}"
         )
         subject.add("batch", "global", message=message)
+    elif subject.row.groups and launch.accelerate is None:
+        for place, message in group_problems(subject.resolved, full_train(subject.stage), launch.processes):
+            subject.add(*place, message=message)
 
 
 def _check_rewards(subject: _Subject) -> None:

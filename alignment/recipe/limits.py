@@ -41,6 +41,7 @@ NOT_NEGATIVE = Range(0)
 AT_LEAST_ONE = Range(1)
 SHARE = Range(0, 1)
 BELOW_ONE = Range(0, 1, open_high=True)
+POSITIVE_SHARE = Range(0, 1, open_low=True)
 
 TRAIN_RANGES: dict[str, Range] = {
     "learning_rate": POSITIVE,
@@ -66,7 +67,7 @@ TRAIN_RANGES: dict[str, Range] = {
     "max_length": Range(2),
     "pad_to_multiple_of": AT_LEAST_ONE,
     "router_aux_loss_coef": NOT_NEGATIVE,
-    "beta": POSITIVE,
+    "beta": NOT_NEGATIVE,
     "label_smoothing": BELOW_ONE,
     "ld_alpha": SHARE,
     "discopop_tau": POSITIVE,
@@ -98,6 +99,33 @@ TRAIN_RANGES: dict[str, Range] = {
     "max_kl": POSITIVE,
     "critic_learning_rate": POSITIVE,
     "log_samples": NOT_NEGATIVE,
+    "num_generations": Range(2),
+    "num_generations_eval": AT_LEAST_ONE,
+    "max_completion_length": AT_LEAST_ONE,
+    "generation_batch_size": AT_LEAST_ONE,
+    "steps_per_generation": AT_LEAST_ONE,
+    "num_iterations": AT_LEAST_ONE,
+    "top_p": POSITIVE_SHARE,
+    "top_k": NOT_NEGATIVE,
+    "min_p": SHARE,
+    "repetition_penalty": POSITIVE,
+    "epsilon": POSITIVE,
+    "epsilon_high": POSITIVE,
+    "delta": POSITIVE,
+    "sapo_temperature_neg": POSITIVE,
+    "sapo_temperature_pos": POSITIVE,
+    "vespo_k_pos": NOT_NEGATIVE,
+    "vespo_lambda_pos": NOT_NEGATIVE,
+    "vespo_k_neg": NOT_NEGATIVE,
+    "vespo_lambda_neg": NOT_NEGATIVE,
+    "top_entropy_quantile": SHARE,
+    "entropy_coef": NOT_NEGATIVE,
+    "entropy_coef_min": NOT_NEGATIVE,
+    "entropy_coef_max": NOT_NEGATIVE,
+    "entropy_coef_delta": NOT_NEGATIVE,
+    "entropy_target": NOT_NEGATIVE,
+    "off_policy_mask_threshold": POSITIVE,
+    "num_completions_to_print": NOT_NEGATIVE,
 }
 
 PEFT_RANGES: dict[str, Range] = {
@@ -115,6 +143,10 @@ CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
     ),
     ("DPOConfig", "f_divergence_type"): ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     ("KTOConfig", "loss_type"): ("kto", "apo_zero_unpaired"),
+    ("GRPOConfig", "loss_type"): ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    ("GRPOConfig", "importance_sampling_level"): ("token", "sequence"),
+    ("GRPOConfig", "scale_rewards"): ("group", "batch", "none"),
+    ("GRPOConfig", "multi_objective_aggregation"): ("sum_then_normalize", "normalize_then_sum"),
     ("", "log_level"): ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     ("", "log_level_replica"): ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     ("", "pad_to_multiple_of"): ("auto",),

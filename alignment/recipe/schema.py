@@ -246,7 +246,7 @@ class Stage(Section):
     scorers: list[str] = Field(default_factory=list, description="reward models whose accuracy is measured on `pairs`")
     rewards: list[Reward] = Field(
         default_factory=list,
-        description="ppo: what is maximised, summed; evaluate: judges, the first decides the win rate",
+        description="ppo, rloo, grpo: what is maximised, summed; evaluate: judges, the first decides the win rate",
     )
     prompts: list[Source] | None = None
     pairs: list[Source] | None = Field(default=None, description="held-out preference pairs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from alignment.models.load import DTYPES, init_policy, is_adapter, load_policy, 
 from alignment.training import trainers
 from alignment.training.actor_critic import SharedBase
 from alignment.training.context import Context
-from alignment.training.rewards import load_rewards
+from alignment.training.rewards import RewardSource, load_rewards
 
 
 def pretrain(ctx: Context) -> Trainer:
@@ -65,11 +66,10 @@ def ppo(ctx: Context) -> Trainer:
 
     policy, reference = _policy_and_reference(ctx)
     stage, args = ctx.spec.config, ctx.args
-    sources = load_rewards(
-        stage.rewards, path_of=ctx.path_of, dtype=DTYPES[stage.precision.weights], device=args.device,
-        batch_size=args.local_rollout_forward_batch_size, template=stage.chat_template,
-    )  # fmt: skip
+    sources = _rewards(ctx, batch_size=args.local_rollout_forward_batch_size)
     model, critic = policy, None
+    if reference is None and "critic_init" in stage.train:
+        raise RecipeError("train.critic_init: the critic of adapters starts as the base; remove the key")
     if reference is None:
         model = _on_one_base(ctx, policy)
     elif args.critic == "separate":
@@ -77,6 +77,34 @@ def ppo(ctx: Context) -> Trainer:
     return PPOTrainer(
         model=model, ref_model=reference, value_model=critic, reward_funcs=sources,
         **_common(ctx),
+    )  # fmt: skip
+
+
+def rloo(ctx: Context) -> Trainer:
+    """Policy and reference on prompts, several replies to each, with the stage's rewards."""
+    return _online(ctx, trainers.RLOO)
+
+
+def grpo(ctx: Context) -> Trainer:
+    """Policy and reference on prompts, several replies to each, with the stage's rewards."""
+    return _online(ctx, trainers.GRPO)
+
+
+def _online(ctx: Context, trainer: Callable[..., Trainer]) -> Trainer:
+    """One of TRL's trainers that draw their own replies; without a price on the KL there is no reference."""
+    policy, reference = _policy_and_reference(ctx) if ctx.args.beta else (_policy(ctx), None)
+    sources = _rewards(ctx, batch_size=ctx.args.per_device_train_batch_size)
+    return trainer(
+        model=policy, ref_model=reference, reward_funcs=sources, peft_config=ctx.peft, **_common(ctx)
+    )  # fmt: skip
+
+
+def _rewards(ctx: Context, *, batch_size: int) -> list[RewardSource]:
+    """The stage's rewards, ready to score; a reward model reads `batch_size` conversations at once."""
+    stage = ctx.spec.config
+    return load_rewards(
+        stage.rewards, path_of=ctx.path_of, dtype=DTYPES[stage.precision.weights], device=ctx.args.device,
+        batch_size=batch_size, template=stage.chat_template,
     )  # fmt: skip
 
 

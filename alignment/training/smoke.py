@@ -23,8 +23,9 @@ from alignment.models.tokenizer import fit, train_tokenizer
 from alignment.pipeline import launch as launching
 from alignment.pipeline import plan as planning
 from alignment.pipeline import runs as files
-from alignment.recipe.algorithms import ALGORITHMS, Schema
+from alignment.recipe.algorithms import ALGORITHMS, Algorithm, Schema
 from alignment.recipe.schema import Recipe, linked
+from alignment.recipe.upstream import fields
 
 STEPS = 2
 STAND_IN = "stand-in"
@@ -36,7 +37,11 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
 SCHEDULE = ("num_train_epochs", "total_episodes", "num_mini_batches", "warmup_steps", "torch_compile", "packing",
-            "padding_free", "use_liger_kernel")  # fmt: skip
+            "padding_free", "use_liger_kernel", "generation_batch_size", "steps_per_generation",
+            "num_generations_eval")  # fmt: skip
+# The keys of `train:` that bound lengths, and how many replies a prompt gets: those that the algorithm has are set.
+LENGTHS = {"max_length": LENGTH, "prompt_length": LENGTH, "response_length": REPLY, "max_completion_length": REPLY,
+           "num_generations": 2}  # fmt: skip
 
 
 def length_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -115,7 +120,7 @@ def _shrink(
         if data.get("eval"):
             stage["data"]["eval"] = source
         stage["batch"] = {"global": 4, "per_device": 2}
-        stage["train"] = _short(name, dict(stage.get("train") or {}), prompts=row.schema == "prompts", say=say)
+        stage["train"] = _short(name, dict(stage.get("train") or {}), row=row, say=say)
     if "prompts" in stage:
         stage["prompts"] = [{"path": str(_rows(folder, "prompts"))}]
     if "pairs" in stage:
@@ -126,7 +131,7 @@ def _shrink(
         stage["sampling"] = stage["sampling"] | {"max_new_tokens": REPLY}
 
 
-def _short(name: str, train: dict[str, Any], *, prompts: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def _short(name: str, train: dict[str, Any], *, row: Algorithm, say: Callable[[str], None]) -> dict[str, Any]:
     """`train:` cut down to two steps."""
     for key in SCHEDULE:
         train.pop(key, None)
@@ -134,8 +139,9 @@ def _short(name: str, train: dict[str, Any], *, prompts: bool, say: Callable[[st
     if any(word in optimizer for word in ("8bit", "4bit", "paged", "fused")) and not torch.cuda.is_available():
         say(f"  {name}: train.optim {optimizer} needs a GPU; adamw_torch stands in")
         train["optim"] = "adamw_torch"
-    lengths = {"prompt_length": LENGTH, "response_length": REPLY} if prompts else {"max_length": LENGTH}
-    train |= {"max_steps": STEPS, "logging_steps": 1} | lengths
+    assert row.config is not None
+    known = fields(row.config)
+    train |= {"max_steps": STEPS, "logging_steps": 1} | {key: LENGTHS[key] for key in LENGTHS if key in known}
     if train.get("eval_strategy") == "steps":
         train["eval_steps"] = 1
     if train.get("eval_strategy") == "epoch":

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from alignment.errors import NonFiniteError
+from alignment.training.online import Online
 
 
 class Checked:
@@ -96,3 +97,11 @@ class DPO(Checked, DPOTrainer):
 
 class KTO(Checked, KTOTrainer):
     """TRL's KTOTrainer on our token table."""
+
+
+class RLOO(Online, Checked, RLOOTrainer):
+    """TRL's RLOOTrainer on our prompts, rewards and reference."""
+
+
+class GRPO(Online, Checked, GRPOTrainer):
+    """TRL's GRPOTrainer on our prompts, rewards and reference."""

@@ -40,7 +40,10 @@ def test_answers_exist_and_questions_do_not(key: str) -> None:
         assert exists(named)
     assert key not in Recipe.model_fields
     assert key not in Stage.model_fields
-    assert not any(key in fields(config) for config in CONFIGS)
+    # A key that one class has dropped may be another's: `today` is asked where it is unknown, and names what is known.
+    section, _, now = (spelling.here or "").partition(".")
+    homes = [config for config in CONFIGS if key in fields(config)]
+    assert not homes or (section == "train" and not any(now in fields(config) for config in homes))
     assert spelling.here == f"peft.{key}" or key not in fields(LORA)
 
 
