@@ -20,9 +20,11 @@ COLUMNS = (
     "seed",
     "gold of SFT and of base",
     "win rate of DPO",
+    "win rate of PPO",
     "facts of SFT",
     "facts of DPO",
-    "KL of DPO",
+    "facts of PPO",
+    "KL of DPO, of PPO",
     "reward model",
     "best possible",
     "minutes",
@@ -42,8 +44,7 @@ def run(seed: int, runs: Path) -> tuple[dict[str, float], float]:
 def holds(metrics: dict[str, float]) -> bool:
     """Every number that is required of the quickstart."""
     return (
-        metrics["win_rate/dpo"] >= 0.70
-        and metrics["win_rate_low/dpo"] > 0.60
+        all(metrics[f"win_rate/{name}"] >= 0.70 and metrics[f"win_rate_low/{name}"] > 0.60 for name in ("dpo", "ppo"))
         and metrics["facts/dpo"] >= metrics["facts/sft"]
         and metrics["accuracy/best_possible"] - metrics["accuracy/reward"] <= 0.03
         and metrics["gold_low/sft"] > metrics["gold_high/base"]
@@ -56,10 +57,14 @@ def row(seed: int, m: dict[str, float], minutes: float) -> list[str]:
         str(seed),
         f"{m['gold/sft']:.2f} [{m['gold_low/sft']:.2f}, {m['gold_high/sft']:.2f}] and {m['gold/base']:.2f} "
         f"[{m['gold_low/base']:.2f}, {m['gold_high/base']:.2f}]",
-        f"{m['win_rate/dpo']:.3f} [{m['win_rate_low/dpo']:.3f}, {m['win_rate_high/dpo']:.3f}]",
+        *(
+            f"{m[f'win_rate/{name}']:.3f} [{m[f'win_rate_low/{name}']:.3f}, {m[f'win_rate_high/{name}']:.3f}]"
+            for name in ("dpo", "ppo")
+        ),
         f"{m['facts/sft']:.3f}",
         f"{m['facts/dpo']:.3f}",
-        f"{m['kl/dpo']:.1f}",
+        f"{m['facts/ppo']:.3f}",
+        f"{m['kl/dpo']:.1f}, {m['kl/ppo']:.1f}",
         f"{m['accuracy/reward']:.3f}",
         f"{m['accuracy/best_possible']:.3f}",
         f"{minutes:.1f}",

@@ -41,7 +41,7 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path) -> None:
     words = ("-m", "alignment", "run", "recipes/quickstart.yaml", "--dry-run", "--runs", str(tmp_path))
     done = python(*words, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accelerate.commands.launch") == 5
+    assert done.stdout.count("accelerate.commands.launch") == 6
     assert not list(tmp_path.iterdir())
 
 

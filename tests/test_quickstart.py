@@ -1,7 +1,6 @@
 """The quickstart as a user runs it: the whole chain, and the numbers that it must reach.
 
-`benchmarks/quickstart.py` runs the same on other seeds. Numbers that are required and not reached yet are marked as
-expected failures with what was measured; the mark goes when they hold.
+`benchmarks/quickstart.py` runs the same on other seeds.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import pytest
 from alignment.evaluation.metrics import bootstrap_interval, wins
 
 pytestmark = pytest.mark.ci_slow
-NOT_YET = pytest.mark.xfail(strict=False, reason="66.9 % where 71.0 % is possible (seed 42): 4.1 points instead of 3")
-STAGES = ["base", "sft", "reward", "dpo", "evaluate"]
+STAGES = ["base", "sft", "reward", "dpo", "ppo", "evaluate"]
 
 
 def alignment(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -75,11 +73,15 @@ def test_dpo_wins_against_sft(metrics: dict[str, float]) -> None:
     assert metrics["win_rate/sft"] == 0.5
 
 
+def test_ppo_wins_against_sft(metrics: dict[str, float]) -> None:
+    assert metrics["win_rate/ppo"] >= 0.70
+    assert metrics["win_rate_low/ppo"] > 0.60
+
+
 def test_alignment_costs_no_facts(metrics: dict[str, float]) -> None:
     assert metrics["facts/dpo"] >= metrics["facts/sft"]
 
 
-@NOT_YET
 def test_the_reward_model_is_near_the_best_possible(metrics: dict[str, float]) -> None:
     assert metrics["accuracy/best_possible"] - metrics["accuracy/reward"] <= 0.03
 

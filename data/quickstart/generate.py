@@ -4,9 +4,9 @@
     python data/quickstart/generate.py --out DIR
     python data/quickstart/generate.py --check      # exit status 1 if a file differs
 
-Everything follows from `SEED`. Replies are drawn from one distribution of deliberately mixed
-quality (`Flaws`), both for the demonstrations and for the pairs, so that the pairs are close to
-what a model trained on the demonstrations says. The label of a pair is drawn from a Bradley-Terry
+Everything follows from `SEED`. Replies are drawn with flaws (`Flaws`) of deliberately mixed quality,
+for the pairs much as for the demonstrations, so that the pairs are close to what a model trained on
+the demonstrations says. The label of a pair is drawn from a Bradley-Terry
 model of the gold reward: P(a is chosen) = sigmoid((gold(a) - gold(b)) / TEMPERATURE).
 
 Half of the facts of each kind (`Fact.seen`) stand in demonstrations and pairs; the corpus states
@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +28,7 @@ import phrases as say
 
 HERE = Path(__file__).resolve().parent
 SEED = 20
-TEMPERATURE = 1.3
+TEMPERATURE = 1.4
 ROWS = {
     "corpus": 6000,
     "sft": 4000,
@@ -102,6 +102,8 @@ MIXED = Quality(
     styled=0.35,
     cut=(0.88, 0.06, 0.04, 0.02),
 )
+# What a pair is about is mostly manner: a scorer this small cannot know every fact.
+PAIRS = replace(MIXED, content=(0.945, 0.01, 0.025, 0.01, 0.01))
 GOOD = Quality(
     content=(1, 0, 0, 0, 0), openers=(0, 0, 1), fillers=(1, 0, 0, 0), repeats=(1, 0, 0), styled=1, cut=(1, 0, 0, 0)
 )
@@ -362,8 +364,8 @@ def preferences(world: World, rng: Random, use: str, count: int) -> Iterator[Row
     """Pairs of replies, labelled by a draw from the Bradley-Terry model of the gold reward."""
     while count:
         query = world.query(rng, use, world.seen)
-        flaws = world.draw_flaws(query.kind, query.subject, query.answer, rng, MIXED)
-        other = world.draw_flaws(query.kind, query.subject, query.answer, rng, MIXED)
+        flaws = world.draw_flaws(query.kind, query.subject, query.answer, rng, PAIRS)
+        other = world.draw_flaws(query.kind, query.subject, query.answer, rng, PAIRS)
         replies = [
             world.render(query.kind, query.subject, query.answer, query.style, drawn)
             for drawn in rng.sample([flaws, other], 2)
