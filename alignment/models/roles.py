@@ -35,16 +35,30 @@ class Roles:
 
     def __init__(self, model: PeftModel):
         self.blocks: tuple[str | None, ...] = (POLICY,)
-        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-        for name, layer in layers:
-            _require_plain(name, layer)
-            layer.forward = partial(self._forward, layer)
+        self.layers: list[Any] = []
+        self.adopt(model)
         for name, part in model.named_modules():
             if isinstance(part, AuxiliaryTrainingWrapper):
                 raise RecipeError(
                     f"peft: {name} is trained beside its adapter (modules_to_save, trainable_token_indices), and "
                     "policy and reference share one base here; leave that out, or train without `peft:`"
                 )
+
+    def adopt(self, model: PeftModel) -> None:
+        """Take over the layers of a model; again after an adapter was added that has layers of its own."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                _require_plain(name, layer)
+                if layer not in self.layers:
+                    layer.forward = partial(self._forward, layer)
+                    self.layers.append(layer)
+
+    def copy(self, source: str, target: str) -> None:
+        """Give one adapter the weights of another."""
+        for layer in self.layers:
+            for part in (layer.lora_A, layer.lora_B):
+                if source in part:
+                    part[target].load_state_dict(part[source].state_dict())
 
     def set(self, *adapters: str | None) -> None:
         """Rows come in so many equal blocks from now on; None is the base alone."""

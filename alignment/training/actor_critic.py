@@ -4,7 +4,7 @@ Three forms with one interface:
 
     ActorCritic    two models: a causal LM and a scorer whose head is read at every token
     SharedTrunk    one causal LM, and a value head on the hidden states that its output layer reads
-    SharedBase     LoRA: policy, critic and reference are adapters on one frozen base (`models/roles.py`)
+    SharedBase     LoRA: all roles are adapters on one frozen base (`shared_base.py`)
 
 `forward` with `keep=T` gives what PPO needs of the last T tokens of each row; without it, the policy's own output, so
 that a module of any form can be probed like the model it publishes. Rows are prompts padded on the left and completions
@@ -13,25 +13,21 @@ padded on the right. Letters: B rows, S tokens, T completion tokens.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.models.load import HEAD
-from alignment.models.roles import POLICY, Roles
 from alignment.training.objectives import entropy, log_probabilities
 
 CRITIC = "critic"  # the folder of the critic beside a published policy
 HEAD_FILE = "value_head.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 DROPOUTS = ("attention_dropout", "attn_dropout", "dropout")  # floats that attention modules read themselves
 
 
@@ -135,7 +131,7 @@ class ActorCritic(nn.Module):
     def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """Logits (B, T + 1, V) of the policy and hidden states (B, T + 1, H) of the critic."""
         assert self.critic is not None
-        inputs = _inputs(input_ids, attention_mask)
+        inputs = forward_inputs(input_ids, attention_mask)
         logits = self.policy(**inputs, logits_to_keep=keep + 1).logits
         trunk = getattr(self.critic, self.critic.base_model_prefix)
         return logits, trunk(**inputs).last_hidden_state[:, -(keep + 1) :]
@@ -182,9 +178,9 @@ class ActorCritic(nn.Module):
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the policy at the root of `folder` and the critic under `critic/`, from a whole state dict."""
-        self.policy.save_pretrained(folder, state_dict=_under("policy.", state))
+        self.policy.save_pretrained(folder, state_dict=under("policy.", state))
         assert self.critic is not None
-        self.critic.save_pretrained(folder / CRITIC, state_dict=_under("critic.", state))
+        self.critic.save_pretrained(folder / CRITIC, state_dict=under("critic.", state))
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote, every tensor of it.
@@ -215,7 +211,7 @@ class SharedTrunk(ActorCritic):
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         with watch_output_layer(self.policy) as seen:
-            logits = self.policy(**_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
+            logits = self.policy(**forward_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
         return logits, seen[0]
 
     def _head(self) -> nn.Linear:
@@ -223,100 +219,13 @@ class SharedTrunk(ActorCritic):
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the policy at the root of `folder` and the value head under `critic/`."""
-        self.policy.save_pretrained(folder, state_dict=_under("policy.", state))
+        self.policy.save_pretrained(folder, state_dict=under("policy.", state))
         save_head(folder, state["value_head.weight"])
 
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote."""
         _load_whole(self.policy, folder)
         load_head(folder, self.value_head)
-
-
-class SharedBase(ActorCritic):
-    """LoRA: policy and critic are adapters on one frozen base, the reference is the base or a frozen adapter.
-
-    One pass runs policy and critic as two blocks of rows (`models/roles.py`); the output layer sees the policy's only.
-    The value head starts at zero.
-
-    Args:
-        model: a PEFT model whose adapter `default` is the policy.
-        reference: the name of a frozen adapter; None: the base without any.
-    """
-
-    def __init__(self, model: Any, *, reference: str | None, vocabulary: int):
-        super().__init__(model, None, vocabulary=vocabulary)
-        self.reference = reference
-        model.add_adapter(CRITIC, _copied(model.peft_config[POLICY]))
-        self.roles = Roles(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(f".{POLICY}." in name or f".{CRITIC}." in name)
-        size = model.config.get_text_config().hidden_size
-        self.value_head = nn.Linear(size, 1, bias=False, device=model.device, dtype=torch.float32)
-        nn.init.zeros_(self.value_head.weight)
-        switch_off_dropout(self)
-
-    @property
-    def has_reference(self) -> bool:
-        """Always: the base, or an adapter on it."""
-        return True
-
-    def critic_parameters(self) -> Iterator[nn.Parameter]:
-        """The critic's adapter and its head."""
-        yield from self.value_head.parameters()
-        yield from (p for name, p in self.policy.named_parameters() if f".{CRITIC}." in name)
-
-    @contextmanager
-    def as_policy(self) -> Iterator[Any]:
-        """The base with the policy's adapter on."""
-        with self.roles.rows(POLICY):
-            yield self.policy
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None, *, reference: bool = False,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        """As `ActorCritic`; with `reference`, its log-probabilities instead of the policy's."""
-        if keep is None:
-            with self.roles.rows(POLICY):
-                return self.policy(input_ids=input_ids, attention_mask=attention_mask, **options)
-        if not reference:
-            return super().forward(input_ids, attention_mask, keep, **options)
-        with self.roles.rows(self.reference):
-            logits = self.policy(**_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
-        logits = reply_logits(logits, temperature=options["temperature"], vocabulary=self.vocabulary)
-        return log_probabilities(logits, input_ids[:, -keep:])
-
-    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        twice, mask = input_ids.repeat(2, 1), attention_mask.repeat(2, 1)
-        # Set until the next pass and not only during this one: checkpointed layers run again in the backward pass.
-        self.roles.set(POLICY, CRITIC)
-        with watch_output_layer(self.policy, keep_first_of=2) as seen:
-            logits = self.policy(**_inputs(twice, mask), logits_to_keep=keep + 1).logits
-        return logits, seen[0].chunk(2)[1]
-
-    def _head(self) -> nn.Linear:
-        return self.value_head
-
-    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the policy's adapter at the root of `folder`, the critic's and its head under `critic/`."""
-        own = _under("policy.", state)
-        self.policy.save_pretrained(folder, state_dict=own, selected_adapters=[POLICY, CRITIC])
-        save_head(folder, state["value_head.weight"])
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote."""
-        for name, where in ((POLICY, folder), (CRITIC, folder / CRITIC)):
-            result = set_peft_model_state_dict(self.policy, load_file(where / ADAPTER_FILE), adapter_name=name)
-            if result.unexpected_keys:
-                raise RuntimeError(f"{where}: not this adapter: {result.unexpected_keys[0]}")
-        load_head(folder, self.value_head)
-
-
-def _copied(config: Any) -> Any:
-    """The same kind of adapter for another role; it trains no whole modules."""
-    own = copy.deepcopy(config)
-    own.modules_to_save = None
-    return own
 
 
 @contextmanager
@@ -341,7 +250,7 @@ def watch_output_layer(model: Any, keep_first_of: int = 1) -> Iterator[list[Tens
         handle.remove()
 
 
-def _inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+def forward_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     """What every forward pass is given."""
     positions = positions_of(attention_mask)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
@@ -358,7 +267,8 @@ def load_head(folder: Path, head: nn.Linear) -> None:
     head.load_state_dict(load_file(folder / CRITIC / HEAD_FILE))
 
 
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict below a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 

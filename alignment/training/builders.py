@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from trl import pack_dataset
 from alignment.errors import RecipeError
 from alignment.models.adapters import merge
 from alignment.models.generation import vocabulary_size
-from alignment.models.load import DTYPES, init_policy, is_adapter, load_policy, load_scorer, resize_embeddings
+from alignment.models.load import (
+    DTYPES,
+    adapter_base,
+    init_policy,
+    is_adapter,
+    load_policy,
+    load_scorer,
+    resize_embeddings,
+)
 from alignment.training import trainers
-from alignment.training.actor_critic import SharedBase
 from alignment.training.context import Context
+from alignment.training.publish import weights_of
 from alignment.training.rewards import RewardSource, load_rewards
+from alignment.training.shared_base import SharedBase, SharedScorer
 
 
 def pretrain(ctx: Context) -> Trainer:
@@ -66,14 +76,15 @@ def ppo(ctx: Context) -> Trainer:
 
     policy, reference = _policy_and_reference(ctx)
     stage, args = ctx.spec.config, ctx.args
-    sources = _rewards(ctx, batch_size=args.local_rollout_forward_batch_size)
     model, critic = policy, None
-    if reference is None and "critic_init" in stage.train:
-        raise RecipeError("train.critic_init: the critic of adapters starts as the base; remove the key")
-    if reference is None:
+    if reference is not None:
+        sources = _rewards(ctx, batch_size=args.local_rollout_forward_batch_size)
+        critic = _critic(ctx) if args.critic == "separate" else None
+    elif "critic_init" in stage.train:
+        raise RecipeError("train.critic_init: the critic of adapters starts as the reference; remove the key")
+    else:
         model = _on_one_base(ctx, policy)
-    elif args.critic == "separate":
-        critic = _critic(ctx)
+        sources = _rewards(ctx, batch_size=args.local_rollout_forward_batch_size, share=_on(ctx, model))
     return PPOTrainer(
         model=model, ref_model=reference, value_model=critic, reward_funcs=sources,
         **_common(ctx),
@@ -99,12 +110,29 @@ def _online(ctx: Context, trainer: Callable[..., Trainer]) -> Trainer:
     )  # fmt: skip
 
 
-def _rewards(ctx: Context, *, batch_size: int) -> list[RewardSource]:
+def _on(ctx: Context, module: SharedBase) -> Callable[[Path], SharedScorer | None]:
+    """Scorers that need the policy's base and nothing more: adapters on the same weights, by content."""
+    assert ctx.start is not None
+    base = adapter_base(ctx.start) if is_adapter(ctx.start) else ctx.start
+    weights = weights_of(Path(base))
+
+    def share(path: Path) -> SharedScorer | None:
+        if weights is None or not is_adapter(path) or weights_of(Path(adapter_base(path))) != weights:
+            return None
+        ctx.say(f"  {path}: an adapter on the policy's base, which it shares")
+        return SharedScorer(module, path, f"reward-{path.name}")
+
+    return share
+
+
+def _rewards(
+    ctx: Context, *, batch_size: int, share: Callable[[Path], SharedScorer | None] = lambda path: None
+) -> list[RewardSource]:
     """The stage's rewards, ready to score; a reward model reads `batch_size` conversations at once."""
     stage = ctx.spec.config
     return load_rewards(
         stage.rewards, path_of=ctx.path_of, dtype=DTYPES[stage.precision.weights], device=ctx.args.device,
-        batch_size=batch_size, template=stage.chat_template,
+        batch_size=batch_size, template=stage.chat_template, share=share,
     )  # fmt: skip
 
 

@@ -20,9 +20,10 @@ from alignment.data import templates
 from alignment.errors import RecipeError
 from alignment.evaluation.judges import Judge, judge_replies
 from alignment.models.generation import vocabulary_size
-from alignment.training.actor_critic import ActorCritic, SharedBase, SharedTrunk
+from alignment.training.actor_critic import ActorCritic, SharedTrunk
 from alignment.training.ppo_config import PPOConfig
 from alignment.training.rewards import RewardSource
+from alignment.training.shared_base import SharedBase
 
 CONTROLLERS = "ppo.json"  # in a checkpoint: what is neither a weight nor the Trainer's
 

@@ -155,7 +155,7 @@ def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
     adapter = None
     if is_adapter(folder):
         base = adapter_base(folder)
-        adapter = {"base_path": base, "base_sha256": _weights_of(Path(base))}
+        adapter = {"base_path": base, "base_sha256": weights_of(Path(base))}
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     return {
         "architecture": type(inner).__name__,
@@ -165,7 +165,7 @@ def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
     }
 
 
-def _weights_of(folder: Path) -> str | None:
+def weights_of(folder: Path) -> str | None:
     """The identity of the weights in a local folder; None for a hub name."""
     if not folder.is_dir():
         return None

@@ -33,6 +33,7 @@ from alignment.evaluation.judges import JudgeError, judge_replies, load_judge, r
 from alignment.evaluation.metrics import Floats
 from alignment.models.generation import Policy, positions
 from alignment.models.load import is_adapter, load_scorer
+from alignment.models.tokenizer import load_tokenizer
 from alignment.pipeline.runs import read_manifest
 from alignment.recipe.schema import Reward
 
@@ -168,6 +169,7 @@ def load_rewards(
     device: torch.device | str,
     batch_size: int,
     template: str | None,
+    share: Callable[[Path], Any] = lambda path: None,
 ) -> list[RewardSource]:
     """The rewards of a stage, ready to score, in the recipe's order.
 
@@ -176,6 +178,7 @@ def load_rewards(
         dtype: of a reward model's weights and computation; the score itself is computed in float32.
         batch_size: conversations per forward pass of a reward model.
         template: name or file of a chat template, for a reward model whose tokenizer brings none.
+        share: gives a scorer for a folder that needs no model of its own, or None.
 
     Raises:
         RecipeError: a function cannot be imported.
@@ -184,7 +187,7 @@ def load_rewards(
     sources = []
     for reward in rewards:
         if reward.model is not None:
-            sources.append(_model_source(reward, path_of(reward.model), dtype, device, batch_size, template))
+            sources.append(_model_source(reward, path_of(reward.model), dtype, device, batch_size, template, share))
         else:
             sources.append(_judge_source(reward))
     return sources
@@ -206,11 +209,16 @@ def _model_source(
     device: torch.device | str,
     batch_size: int,
     template: str | None,
+    share: Callable[[Path], Any],
 ) -> RewardSource:
-    with _unsharded():
-        scorer, tokenizer = load_scorer(path, dtype=dtype)
+    scorer = share(path)
+    if scorer is not None:
+        tokenizer = load_tokenizer(path)
+    else:
+        with _unsharded():
+            scorer, tokenizer = load_scorer(path, dtype=dtype)
+        scorer = scorer.to(device).eval().requires_grad_(False)
     normalizer = _normalizer(reward, path, scorer)
-    scorer = scorer.to(device).eval().requires_grad_(False)
     if tokenizer.chat_template is None and template is not None:
         tokenizer.chat_template = templates.template(template).jinja
 

@@ -15,11 +15,12 @@ from peft import LoraConfig, get_peft_model
 from alignment.errors import NonFiniteError, RecipeError
 from alignment.models.load import load_policy, load_scorer
 from alignment.training import ppo_checks
-from alignment.training.actor_critic import ActorCritic, SharedBase, SharedTrunk
+from alignment.training.actor_critic import ActorCritic, SharedTrunk
 from alignment.training.objectives import gae, token_rewards
 from alignment.training.ppo import PPOTrainer
 from alignment.training.ppo_config import PPOConfig
 from alignment.training.rollout import Rollout
+from alignment.training.shared_base import SharedBase
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
 FORMS = ("separate", "trunk", "lora")

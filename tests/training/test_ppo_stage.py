@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -15,6 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from alignment.models.load import load_policy
 from alignment.pipeline import runs
+from alignment.recipe.schema import Reward
+from alignment.training.rewards import load_rewards
 
 Run = Callable[..., Path]
 Recipe = Callable[..., dict[str, Any]]
@@ -87,6 +90,27 @@ def test_an_adapter_is_trained_on_against_its_frozen_copy(run_recipe: Run, tiny_
     after = load_file(stage / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_reward_model_on_the_same_weights_shares_the_base(
+    run_recipe: Run, tiny_recipe: Recipe, tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Policy, critic, reference and reward model on one base: the scores are those of the reward model alone."""
+    start = {"model": str(tiny_run / "sft"), "peft": LORA | {"r": 2}, "train": {"learning_rate": 0.05}}
+    reward = run_recipe(tiny_recipe("reward", reward=start)) / "reward"
+    rewards = [{"name": "rm", "model": str(reward), "normalize": "none"}]
+    stage = run_recipe(recipe_of(tiny_recipe, tiny_run, peft=LORA, rewards=rewards), tmp_path) / "ppo"
+    assert "an adapter on the policy's base, which it shares" in capfd.readouterr().out
+    own = load_rewards(
+        [Reward(name="rm", model=str(reward), normalize="none")], path_of=Path, dtype=torch.float32, device="cpu",
+        batch_size=4, template=None,
+    )[0]  # fmt: skip
+    samples = log_of(stage)[0]["samples"]
+    rows = [{"prompt": [{"role": "user", "content": sample["prompt"]}]} for sample in samples]
+    scores = own.score(rows, [sample["reply"] for sample in samples], [sample["finished"] for sample in samples])
+    assert np.ptp(scores) > 1e-3
+    assert scores == pytest.approx([sample["score"] for sample in samples], abs=2e-4)
+    assert list(load_policy(stage)[0].peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
