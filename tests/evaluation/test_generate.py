@@ -131,7 +131,7 @@ def _config(rows: int) -> LlamaConfig:
 
 
 def test_a_prompt_without_room_for_a_reply_is_refused(policy: Any, prompts: list[list[int]]) -> None:
-    with pytest.raises(ModelError, match=r"max_new_tokens 250 exceed its 256 positions; lower sampling.max_new_tokens"):
+    with pytest.raises(ModelError, match=r"max_new_tokens 250 exceed its 256 positions; lower max_new_tokens"):
         run(policy, prompts, Sampling(max_new_tokens=250), 4)
 
 
