@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.load import HEAD
 from alignment.training.objectives import entropy, log_probabilities
+from alignment.training.trainers import without_tied
 
 CRITIC = "critic"  # the folder of the critic beside a published policy
 HEAD_FILE = "value_head.safetensors"
@@ -178,7 +179,7 @@ class ActorCritic(nn.Module):
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the policy at the root of `folder` and the critic under `critic/`, from a whole state dict."""
-        self.policy.save_pretrained(folder, state_dict=under("policy.", state))
+        self.policy.save_pretrained(folder, state_dict=without_tied(self.policy, under("policy.", state)))
         assert self.critic is not None
         self.critic.save_pretrained(folder / CRITIC, state_dict=under("critic.", state))
 
@@ -219,7 +220,7 @@ class SharedTrunk(ActorCritic):
 
     def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         """Write the policy at the root of `folder` and the value head under `critic/`."""
-        self.policy.save_pretrained(folder, state_dict=under("policy.", state))
+        self.policy.save_pretrained(folder, state_dict=without_tied(self.policy, under("policy.", state)))
         save_head(folder, state["value_head.weight"])
 
     def load(self, folder: Path) -> None:

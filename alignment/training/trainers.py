@@ -6,6 +6,7 @@ of them changes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,8 +64,22 @@ class Checked:
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        if state_dict is not None:
+            state_dict = without_tied(self.model, state_dict)  # type: ignore[attr-defined]
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card in checkpoints: the stage writes its own when it is finished."""
+
+
+def without_tied(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict without the second name of each tied tensor: one gathered from ZeRO holds copies of both.
+
+    `save_pretrained` recognises tied tensors by their memory, and would write the embedding twice.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state.items() if name not in tied or tied[name] not in state}
 
 
 def check_gradients(trainer: Trainer) -> None:

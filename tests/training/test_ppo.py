@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from alignment.errors import NonFiniteError, RecipeError
 from alignment.models.load import load_policy, load_scorer
@@ -21,6 +22,7 @@ from alignment.training.ppo import PPOTrainer
 from alignment.training.ppo_config import PPOConfig
 from alignment.training.rollout import Rollout
 from alignment.training.shared_base import SharedBase
+from alignment.training.trainers import without_tied
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
 FORMS = ("separate", "trunk", "lora")
@@ -515,3 +517,15 @@ def test_files_hold_a_json_of_controllers(make: Make, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "checkpoint-1" / "ppo.json").read_text())
     assert record["kl_coef"] == trainer.kl_coef
     assert (tmp_path / "out" / "checkpoint-1" / "critic" / "model.safetensors").is_file()
+
+
+def test_a_tied_tensor_is_written_once(tiny_policy: Path, tmp_path: Path) -> None:
+    """A state dict that was gathered from ZeRO holds copies of both names."""
+    policy, _ = load_policy(tiny_policy)
+    state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= state.keys()
+    kept = without_tied(policy, state)
+    assert set(state) - set(kept) == {"lm_head.weight"}
+    policy.save_pretrained(tmp_path, state_dict=kept)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(read.lm_head.weight, policy.lm_head.weight)
