@@ -6,15 +6,16 @@ Three forms with one interface:
     SharedTrunk    one causal LM, and a value head on the hidden states that its output layer reads
     SharedBase     LoRA: all roles are adapters on one frozen base (`shared_base.py`)
 
-`forward` with `keep=T` gives what PPO needs of the last T tokens of each row; without it, the policy's own output, so
-that a module of any form can be probed like the model it publishes. Rows are prompts padded on the left and completions
-padded on the right. Letters: B rows, S tokens, T completion tokens.
+`forward` with `batch=` gives what PPO needs of a `Batch`; without it, the policy's own output, so that a module of any
+form can be probed like the model it publishes. Letters: B rows, S tokens, T completion tokens, n drawn tokens of all
+rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.load import HEAD
 from alignment.training.objectives import entropy, log_probabilities
+from alignment.training.rollout import Batch
 from alignment.training.trainers import without_tied
 
 CRITIC = "critic"  # the folder of the critic beside a published policy
@@ -33,24 +35,16 @@ DROPOUTS = ("attention_dropout", "attn_dropout", "dropout")  # floats that atten
 
 
 class Output(NamedTuple):
-    """What one pass says of the last T tokens of each row."""
+    """What one pass says of the tokens of each completion."""
 
-    log_probs: Tensor  # (B, T) of each token under the sampling distribution
-    values: Tensor  # (B, T + 1) of the state before each token, and after the last
-    entropy: Tensor | None = None  # (B, T) nats
-
-
-def positions_of(attention_mask: Tensor) -> Tensor:
-    """Position ids (B, S) that count only real tokens, so that padding moves nothing."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    log_probs: Tensor  # (B, T) of each token under the sampling distribution, 0 where masked
+    values: Tensor  # (B, T + 1) of the state before each token, and after the last; anything beyond
+    entropy: Tensor | None = None  # (B, T) nats, 0 where masked
 
 
-def reply_logits(logits: Tensor, *, temperature: float, vocabulary: int) -> Tensor:
-    """The logits (B, T, V) of the sampling distribution from those of the last T + 1 positions.
-
-    Divided by the temperature; without the rows that only pad the embedding, which are never drawn.
-    """
-    return logits[:, :-1, :vocabulary].float() / temperature
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """The values (n,) of the drawn tokens where the mask (B, T) is true, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def switch_off_dropout(module: nn.Module) -> None:
@@ -110,32 +104,31 @@ class ActorCritic(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        keep: int | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
+        batch: Batch | None = None,
         temperature: float = 1.0,
         with_entropy: bool = False,
         **options: Any,
     ) -> Any:
-        """See the module: `Output` of the last `keep` tokens, or the policy's plain output."""
-        if keep is None:
+        """See the module: `Output` of a batch, or the policy's plain output."""
+        if batch is None:
             return self.policy(input_ids=input_ids, attention_mask=attention_mask, **options)
-        logits, hidden = self._run(input_ids, attention_mask, keep)
-        logits = reply_logits(logits, temperature=temperature, vocabulary=self.vocabulary)
+        logits, hidden = self._run(batch)
+        drawn = Drawn.of(logits, batch, temperature=temperature, vocabulary=self.vocabulary)
         return Output(
-            log_probs=log_probabilities(logits, input_ids[:, -keep:]),
-            values=self._values(hidden),
-            entropy=entropy(logits) if with_entropy else None,
+            log_probs=drawn.log_probs(),
+            values=self._values(hidden.gather(1, batch.states()[..., None].expand(-1, -1, hidden.shape[-1]))),
+            entropy=drawn.entropy() if with_entropy else None,
         )
 
-    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """Logits (B, T + 1, V) of the policy and hidden states (B, T + 1, H) of the critic."""
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (1, n, V) of the policy and hidden states (B, S, H) of the critic."""
         assert self.critic is not None
-        inputs = forward_inputs(input_ids, attention_mask)
-        logits = self.policy(**inputs, logits_to_keep=keep + 1).logits
+        logits, _ = read(self.policy, batch)
         trunk = getattr(self.critic, self.critic.base_model_prefix)
-        return logits, trunk(**inputs).last_hidden_state[:, -(keep + 1) :]
+        return logits, trunk(input_ids=batch.ids, use_cache=False).last_hidden_state
 
     def _values(self, hidden: Tensor) -> Tensor:
         # In float32 whatever is autocast: near values would become ties in bfloat16.
@@ -210,10 +203,8 @@ class SharedTrunk(ActorCritic):
         """The value head."""
         return self.value_head.parameters()
 
-    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        with watch_output_layer(self.policy) as seen:
-            logits = self.policy(**forward_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
-        return logits, seen[0]
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return read(self.policy, batch)
 
     def _head(self) -> nn.Linear:
         return self.value_head
@@ -229,32 +220,52 @@ class SharedTrunk(ActorCritic):
         load_head(folder, self.value_head)
 
 
-@contextmanager
-def watch_output_layer(model: Any, keep_first_of: int = 1) -> Iterator[list[Tensor]]:
-    """Collects what the output layer is given, (B, T + 1, H) where `logits_to_keep` is T + 1.
+@dataclass(frozen=True)
+class Drawn:
+    """The sampling distributions (n, V) that the tokens of a batch were drawn from."""
 
-    Read there and not from `last_hidden_state`, because some architectures scale or cap their logits in `forward`.
+    logits: Tensor
+    batch: Batch
+
+    @classmethod
+    def of(cls, logits: Tensor, batch: Batch, *, temperature: float, vocabulary: int) -> Drawn:
+        """From a model's logits (1, n, V): divided by the temperature, and without the rows that only pad the
+        embedding, which are never drawn."""
+        return cls(logits[0, :, :vocabulary].float() / temperature, batch)
+
+    def log_probs(self) -> Tensor:
+        """Of each token (B, T)."""
+        rows, columns = self.batch.drawn()
+        return spread(log_probabilities(self.logits, self.batch.ids[rows, columns + 1]), self.batch.mask)
+
+    def entropy(self) -> Tensor:
+        """Of each distribution (B, T), nats."""
+        return spread(entropy(self.logits), self.batch.mask)
+
+
+def read(model: Any, batch: Batch, *, blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """Logits (1, n, V) before each drawn token, and all that the output layer was offered (blocks * B, S, H).
+
+    The output layer is the widest of a model and most positions need no logits: it is given the states before drawn
+    tokens and no other. The hidden states are those and not `last_hidden_state`, because some architectures scale or
+    cap their logits in `forward`.
 
     Args:
-        keep_first_of: the rows are so many blocks; the layer itself sees the first one only.
+        blocks: read the rows so many times, one block under the other; the output layer sees the first one only.
     """
+    rows, columns = batch.drawn()
     seen: list[Tensor] = []
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(inputs[0])
-        return (inputs[0].chunk(keep_first_of)[0], *inputs[1:])
+        return (inputs[0][rows, columns][None], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        yield seen
+        logits = model(input_ids=batch.ids.repeat(blocks, 1), use_cache=False).logits
     finally:
         handle.remove()
-
-
-def forward_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """What every forward pass is given."""
-    positions = positions_of(attention_mask)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions, "use_cache": False}
+    return logits, seen[0]
 
 
 def save_head(folder: Path, weight: Tensor) -> None:

@@ -31,13 +31,13 @@ from alignment.errors import NonFiniteError, RecipeError
 from alignment.models.generation import draw, pad_id
 from alignment.recipe.schema import Sampling
 from alignment.training import objectives, ppo_setup
-from alignment.training.actor_critic import ActorCritic, Output, positions_of, reply_logits
+from alignment.training.actor_critic import ActorCritic, Drawn, Output, read
 from alignment.training.ppo_checks import check_first_rollout
 from alignment.training.ppo_config import PPOConfig
 from alignment.training.ranks import gather, largest, match_engine, seeded, total, with_own_rate
 from alignment.training.recorder import Recorder, conversations, rollout_numbers
 from alignment.training.rewards import RewardSource, combine, normalizers, weights
-from alignment.training.rollout import Episodes, Rollout, Scores, chunks, completion_mask
+from alignment.training.rollout import Batch, Episodes, Rollout, Scores, chunks, completion_mask
 from alignment.training.trainers import Checked
 
 
@@ -103,6 +103,7 @@ class PPOTrainer(Checked, Trainer):
         if len(train_dataset) < needed:
             raise RecipeError(f"{len(train_dataset)} prompts are fewer than the {needed} episodes of one update")
         self.ref_model = ppo_setup.frozen(ref_model, self.accelerator)
+        self.pass_tokens = ppo_setup.pass_tokens(self.args, deepspeed=self.is_deepspeed_enabled)
         rows = self.local_rows // args.num_mini_batches
         match_engine(self.accelerator, rows=rows, micro_batch=args.per_device_train_batch_size)
         self.add_callback(ppo_setup.SaveControllers(self))
@@ -189,39 +190,32 @@ class PPOTrainer(Checked, Trainer):
         rows, longest = mask.shape
         log_probs, reference, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
         values = torch.zeros(rows, longest + 1, device=mask.device)
-        for indices in chunks(episodes.lengths(), self.settings.local_rollout_forward_batch_size):
-            ids, attention, keep = self._tensors(episodes, indices)
-            out = self.run(model, ids, attention, keep, with_entropy=True)
-            log_probs[indices, :keep], entropy[indices, :keep] = out.log_probs, out.entropy
-            values[indices, : keep + 1] = out.values
-            reference[indices, :keep] = self.reference_log_probs(model, ids, attention, keep)
-        log_probs, reference, entropy = (
-            torch.where(mask, found, torch.zeros_like(found)) for found in (log_probs, reference, entropy)
-        )
+        size = self.settings.local_rollout_forward_batch_size
+        for indices in chunks(episodes.lengths(), size, tokens=self.pass_tokens):
+            batch = self._batch(episodes, indices)
+            width = batch.mask.shape[1]
+            out = self.run(model, batch, with_entropy=True)
+            log_probs[indices, :width], entropy[indices, :width] = out.log_probs, out.entropy
+            values[indices, : width + 1] = out.values
+            reference[indices, :width] = self.reference_log_probs(model, batch)
         return log_probs, reference, values, entropy
 
-    def run(
-        self, model: torch.nn.Module, ids: Tensor, attention: Tensor, keep: int, *, with_entropy: bool = False
-    ) -> Output:
-        """Policy and critic on the last `keep` tokens of each row, through the engine that trains them."""
+    def run(self, model: torch.nn.Module, batch: Batch, *, with_entropy: bool = False) -> Output:
+        """Policy and critic on a batch, through the engine that trains them."""
         with self.compute_loss_context_manager():
-            out: Output = model(ids, attention, keep, temperature=self.settings.temperature, with_entropy=with_entropy)
+            out: Output = model(batch=batch, temperature=self.settings.temperature, with_entropy=with_entropy)
         return out
 
     @torch.no_grad()
-    def reference_log_probs(self, model: torch.nn.Module, ids: Tensor, attention: Tensor, keep: int) -> Tensor:
-        """The frozen reference on the same tokens: (B, T)."""
-        args = self.settings
+    def reference_log_probs(self, model: torch.nn.Module, batch: Batch) -> Tensor:
+        """The frozen reference on the same tokens: (B, T), 0 where masked."""
+        temperature = self.settings.temperature
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             if self.ref_model is None:
-                out: Tensor = model(ids, attention, keep, temperature=args.temperature, reference=True)
+                out: Tensor = model(batch=batch, temperature=temperature, reference=True)
                 return out
-            logits = self.ref_model(
-                input_ids=ids, attention_mask=attention, position_ids=positions_of(attention), use_cache=False,
-                logits_to_keep=keep + 1,
-            ).logits  # fmt: skip
-        logits = reply_logits(logits, temperature=args.temperature, vocabulary=self._module.vocabulary)
-        return objectives.log_probabilities(logits, ids[:, -keep:])
+            logits, _ = read(self.ref_model, batch)
+        return Drawn.of(logits, batch, temperature=temperature, vocabulary=self._module.vocabulary).log_probs()
 
     def _update(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:
         """Every epoch and minibatch; the optimizer step of the last one is left to the Trainer."""
@@ -252,7 +246,8 @@ class PPOTrainer(Checked, Trainer):
         tokens of the whole minibatch. Gradients are averaged over ranks, hence the factor.
         """
         tokens = total(rollout.mask[list(indices)].sum())
-        parts = chunks(rollout.episodes.lengths(), self.settings.per_device_train_batch_size, indices)
+        size = self.settings.per_device_train_batch_size
+        parts = chunks(rollout.episodes.lengths(), size, indices, tokens=self.pass_tokens)
         sums: Tensor | int = 0
         highest = tokens.new_zeros((), dtype=torch.float32)
         for number, part in enumerate(parts, start=1):
@@ -278,15 +273,14 @@ class PPOTrainer(Checked, Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A micro-batch's share of the minibatch's loss; sums over its tokens, for the log; its largest ratio."""
         args = self.settings
-        ids, attention, keep = self._tensors(rollout.episodes, part)
-        mask = rollout.mask[part, :keep]
+        batch = self._batch(rollout.episodes, part)
+        mask, width = batch.mask, batch.mask.shape[1]
 
         def cut(whole: Tensor) -> Tensor:
-            return whole[part, :keep]
+            return whole[part, :width]
 
-        out = self.run(model, ids, attention, keep)
-        old = cut(rollout.log_probs)
-        log_probs = torch.where(mask, out.log_probs, old)  # what is masked has ratio 1 and no gradient
+        out = self.run(model, batch)
+        log_probs, old = out.log_probs, cut(rollout.log_probs)  # both 0 where masked: ratio 1, no gradient
         policy = objectives.policy_loss(log_probs, old, cut(rollout.advantages), cliprange=args.cliprange)
         value = objectives.value_loss(
             out.values[:, :-1], cut(rollout.values), cut(rollout.returns), cliprange=args.cliprange_value
@@ -365,8 +359,8 @@ class PPOTrainer(Checked, Trainer):
                 yield policy
             module.train()
 
-    def _tensors(self, episodes: Episodes, indices: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-        return episodes.tensors(indices, pad_id(self.tokenizer), self.args.device)
+    def _batch(self, episodes: Episodes, indices: Sequence[int]) -> Batch:
+        return episodes.batch(indices, pad_id(self.tokenizer), self.args.device)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

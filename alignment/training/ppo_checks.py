@@ -74,11 +74,10 @@ def _largest(difference: Tensor, mask: Tensor) -> float:
 def _training_pass(trainer: PPOTrainer, model: torch.nn.Module, rollout: Rollout) -> Iterator[str]:
     """The pass that trains gives the log-probabilities of the rollout (ratio 1, KL 0), and gives them twice."""
     part = _first_part(trainer, rollout)
-    ids, attention, keep = trainer._tensors(rollout.episodes, part)
-    mask, old = rollout.mask[part, :keep], rollout.log_probs[part, :keep]
+    batch = trainer._batch(rollout.episodes, part)
+    mask, old = batch.mask, rollout.log_probs[part, : batch.mask.shape[1]]
     with torch.no_grad():
-        first = trainer.run(model, ids, attention, keep)
-        second = trainer.run(model, ids, attention, keep)
+        first, second = (trainer.run(model, batch) for _ in range(2))
     again = max(
         _largest(first.log_probs - second.log_probs, mask), _largest((first.values - second.values)[:, :-1], mask)
     )
@@ -88,7 +87,7 @@ def _training_pass(trainer: PPOTrainer, model: torch.nn.Module, rollout: Rollout
             "model is random in training mode. Set its dropout to 0"
         )
         return
-    ratio = float(masked_mean((torch.where(mask, first.log_probs, old) - old).exp(), mask))
+    ratio = float(masked_mean((first.log_probs - old).exp(), mask))
     worst = _largest(first.log_probs - old, mask)
     if not worst <= _tolerance(trainer):
         yield (
@@ -99,25 +98,21 @@ def _training_pass(trainer: PPOTrainer, model: torch.nn.Module, rollout: Rollout
 
 
 def _padding(trainer: PPOTrainer, model: torch.nn.Module, rollout: Rollout) -> Iterator[str]:
-    """An episode says the same alone as among longer ones, where it is padded on both sides."""
+    """An episode says the same alone as among longer ones, where it is padded."""
     lengths = rollout.episodes.lengths()
     shortest = min(range(len(lengths)), key=lambda index: lengths[index])
-    ids, attention, keep = trainer._tensors(rollout.episodes, [shortest])
-    width = 5
-    pad = ids.new_full((1, width), int(ids[0, -1]))  # a real token: only the mask may tell it from the others
-    nothing = torch.zeros_like(pad)
-    padded = torch.cat([pad, ids, pad], 1), torch.cat([nothing, attention, nothing], 1)
+    batch = trainer._batch(rollout.episodes, [shortest])
+    padding = batch.ids.new_full((1, 5), int(batch.ids[0, -1]))  # a real token: it is only its place that hides it
     with torch.no_grad():
-        alone = trainer.run(model, ids, attention, keep)
-        among = trainer.run(model, *padded, keep + width)
+        alone = trainer.run(model, batch)
+        among = trainer.run(model, batch._replace(ids=torch.cat([batch.ids, padding], 1)))
     error = max(
-        float((alone.log_probs - among.log_probs[:, :keep]).abs().max()),
-        float((alone.values - among.values[:, : keep + 1]).abs().max()),
+        _largest(alone.log_probs - among.log_probs, batch.mask), float((alone.values - among.values).abs().max())
     )
     if not error <= _tolerance(trainer):
         yield (
             f"padding: a padded and an unpadded copy of one episode must give the same numbers, they differ by "
-            f"{error:.2g}. Usual causes: an attention implementation that ignores the mask, absolute positions"
+            f"{error:.2g}. Usual causes: a model that is not causal, a layer that mixes the rows of a batch"
         )
 
 

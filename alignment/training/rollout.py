@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,20 +34,36 @@ class Episodes:
         """Tokens of each prompt with its completion."""
         return [len(prompt) + len(reply) for prompt, reply in zip(self.prompts, self.completions, strict=True)]
 
-    def tensors(self, indices: Sequence[int], pad: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-        """Input ids and attention mask (b, S) of some episodes, and T: the last T columns are their completions.
+    def batch(self, indices: Sequence[int], pad: int, device: torch.device) -> Batch:
+        """Some episodes side by side."""
+        chosen = [(self.prompts[index], self.completions[index]) for index in indices]
+        width = max(len(prompt) + len(reply) for prompt, reply in chosen)
+        ids = [[*prompt, *reply] + [pad] * (width - len(prompt) - len(reply)) for prompt, reply in chosen]
+        starts = torch.tensor([len(prompt) - 1 for prompt, _ in chosen], device=device)
+        mask = completion_mask([reply for _, reply in chosen], device)
+        return Batch(torch.tensor(ids, device=device), starts, mask)
 
-        Prompts are padded on the left, completions on the right.
-        """
-        before = max(len(self.prompts[index]) for index in indices)
-        after = max(len(self.completions[index]) for index in indices)
-        ids, mask = [], []
-        for index in indices:
-            prompt, reply = self.prompts[index], self.completions[index]
-            left, right = before - len(prompt), after - len(reply)
-            ids.append([pad] * left + [*prompt, *reply] + [pad] * right)
-            mask.append([0] * left + [1] * (len(prompt) + len(reply)) + [0] * right)
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device), after
+
+class Batch(NamedTuple):
+    """Some episodes as a pass reads them: b rows of prompt and completion, padded on the right.
+
+    There is no attention mask: in a causal model nothing reaches back from the padding, and nobody reads what is said
+    of it. So attention takes its fastest form, and rows of like lengths carry next to no padding.
+    """
+
+    ids: Tensor  # (b, S)
+    starts: Tensor  # (b,) where the last token of the prompt stands: the state before the first drawn token
+    mask: Tensor  # (b, T) bool: a drawn token stands here
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        """Row and column of the states (n,) before each of the n drawn tokens, row by row."""
+        rows, steps = self.mask.nonzero(as_tuple=True)
+        return rows, self.starts[rows] + steps
+
+    def states(self) -> Tensor:
+        """Columns (b, T + 1) of the states before each token, and after the last; clamped where a row has ended."""
+        steps = torch.arange(self.mask.shape[1] + 1, device=self.ids.device)
+        return (self.starts[:, None] + steps).clamp(max=self.ids.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,15 @@ def completion_mask(completions: Sequence[Ids], device: torch.device) -> Tensor:
     return torch.arange(int(lengths.max()), device=device)[None] < lengths[:, None]
 
 
-def chunks(lengths: Sequence[int], size: int, indices: Sequence[int] | None = None) -> list[list[int]]:
-    """Indices in groups of at most `size` and of like lengths, the longest first."""
+def chunks(
+    lengths: Sequence[int], size: int, indices: Sequence[int] | None = None, *, tokens: int | None = None
+) -> list[list[int]]:
+    """Indices in groups of at most `size` and of like lengths, the longest first.
+
+    Args:
+        tokens: a group need not hold more than about so many; smaller groups carry less padding.
+    """
     order = sorted(range(len(lengths)) if indices is None else indices, key=lambda index: (-lengths[index], index))
+    if tokens is not None:
+        size = min(size, max(1, tokens * len(lengths) // sum(lengths)))
     return [order[start : start + size] for start in range(0, len(order), size)]

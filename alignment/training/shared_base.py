@@ -24,15 +24,14 @@ from alignment.models.roles import POLICY, Roles
 from alignment.training.actor_critic import (
     CRITIC,
     ActorCritic,
-    forward_inputs,
+    Drawn,
     load_head,
-    reply_logits,
+    read,
     save_head,
     switch_off_dropout,
     under,
-    watch_output_layer,
 )
-from alignment.training.objectives import log_probabilities
+from alignment.training.rollout import Batch
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -79,27 +78,24 @@ class SharedBase(ActorCritic):
             yield self.policy
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, keep: int | None = None, *, reference: bool = False,
-        **options: Any,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *, batch: Batch | None = None,
+        reference: bool = False, **options: Any,
     ) -> Any:  # fmt: skip
         """As `ActorCritic`; with `reference`, its log-probabilities instead of the policy's."""
-        if keep is None:
+        if batch is None:
             with self.roles.rows(POLICY):
                 return self.policy(input_ids=input_ids, attention_mask=attention_mask, **options)
         if not reference:
-            return super().forward(input_ids, attention_mask, keep, **options)
+            return super().forward(batch=batch, **options)
         with self.roles.rows(self.reference):
-            logits = self.policy(**forward_inputs(input_ids, attention_mask), logits_to_keep=keep + 1).logits
-        logits = reply_logits(logits, temperature=options["temperature"], vocabulary=self.vocabulary)
-        return log_probabilities(logits, input_ids[:, -keep:])
+            logits, _ = read(self.policy, batch)
+        return Drawn.of(logits, batch, temperature=options["temperature"], vocabulary=self.vocabulary).log_probs()
 
-    def _run(self, input_ids: Tensor, attention_mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        twice, mask = input_ids.repeat(2, 1), attention_mask.repeat(2, 1)
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         # Set until the next pass and not only during this one: checkpointed layers run again in the backward pass.
         self.roles.set(POLICY, CRITIC)
-        with watch_output_layer(self.policy, keep_first_of=2) as seen:
-            logits = self.policy(**forward_inputs(twice, mask), logits_to_keep=keep + 1).logits
-        return logits, seen[0].chunk(2)[1]
+        logits, hidden = read(self.policy, batch, blocks=2)
+        return logits, hidden.chunk(2)[1]
 
     def _head(self) -> nn.Linear:
         return self.value_head
@@ -166,7 +162,8 @@ class SharedScorer:
         base = self.module.policy.get_base_model()
         trunk = getattr(base, base.base_model_prefix)
         with self.module.roles.rows(self.name):
-            hidden = trunk(**forward_inputs(input_ids, attention_mask)).last_hidden_state  # (B, S, H)
+            out = trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = out.last_hidden_state  # (B, S, H)
         rows, ends = torch.arange(len(input_ids), device=hidden.device), attention_mask.sum(-1) - 1
         return SimpleNamespace(logits=self.score.to(hidden.device)(hidden[rows, ends].float()))
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from alignment.errors import NonFiniteError, RecipeError
 from alignment.models.load import load_policy, load_scorer
 from alignment.training import ppo_checks
-from alignment.training.actor_critic import ActorCritic, SharedTrunk
+from alignment.training.actor_critic import SharedTrunk
 from alignment.training.objectives import gae, token_rewards
 from alignment.training.ppo import PPOTrainer
 from alignment.training.ppo_config import PPOConfig
-from alignment.training.rollout import Rollout
+from alignment.training.rollout import Batch, Rollout
 from alignment.training.shared_base import SharedBase
 from alignment.training.trainers import without_tied
 
@@ -378,10 +378,12 @@ def test_another_temperature_in_training_is_named(make: Make) -> None:
     expect(trainer, "ratio: before the first update it must be 1")
 
 
-def test_padding_that_is_seen_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_seen_is_named(make: Make) -> None:
+    """A model whose attention looks ahead."""
     trainer = make()
-    own = ActorCritic._run
-    monkeypatch.setattr(ActorCritic, "_run", lambda self, ids, mask, keep: own(self, ids, torch.ones_like(mask), keep))
+    for model in (trainer.model.policy, trainer.ref_model):
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
     expect(trainer, "padding: a padded and an unpadded copy of one episode")
 
 
@@ -423,42 +425,45 @@ def on_one_base(tiny_policy: Path) -> SharedBase:
     return module
 
 
-def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(10, 300, (rows, 9), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    return ids, mask
+def some_batch() -> Batch:
+    """Three rows of 9 tokens, 4 of them drawn; the first row is 3 tokens shorter."""
+    ids = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(2))
+    return Batch(ids, starts=torch.tensor([1, 4, 4]), mask=torch.ones(3, 4, dtype=torch.bool))
+
+
+def places(batch: Batch) -> torch.Tensor:
+    """Row by row the columns of the states before each token and after the last."""
+    return torch.tensor([[start + step for step in range(5)] for start in batch.starts.tolist()])
 
 
 def test_each_role_sees_its_own_adapter(on_one_base: SharedBase) -> None:
     """One pass over blocks of rows against PEFT's own switching, one role at a time."""
-    ids, mask = inputs()
-    out = on_one_base(ids, mask, 4)
-    reference = on_one_base(ids, mask, 4, reference=True, temperature=1.0)
-    model = on_one_base.policy
-    trunk = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    batch = some_batch()
+    out = on_one_base(batch=batch)
+    reference = on_one_base(batch=batch, reference=True, temperature=1.0)
+    model, where, rows = on_one_base.policy, places(batch), torch.arange(3)[:, None]
 
     def log_probs(logits: torch.Tensor) -> torch.Tensor:
-        chosen = torch.log_softmax(logits[:, -5:-1, :320].float(), -1)
-        return chosen.gather(-1, ids[:, -4:, None]).squeeze(-1)
+        chosen = torch.log_softmax(logits[rows, where[:, :-1], :320].float(), -1)
+        return chosen.gather(-1, batch.ids[rows, where[:, 1:], None]).squeeze(-1)
 
     with on_one_base.roles.rows("default"):
-        torch.testing.assert_close(out.log_probs, log_probs(model(**trunk).logits))
+        torch.testing.assert_close(out.log_probs, log_probs(model(input_ids=batch.ids).logits))
     with on_one_base.roles.rows(None):
-        torch.testing.assert_close(reference, log_probs(model(**trunk).logits))
+        torch.testing.assert_close(reference, log_probs(model(input_ids=batch.ids).logits))
     with on_one_base.roles.rows("critic"):
-        hidden = model(**trunk, output_hidden_states=True).hidden_states[-1][:, -5:]
-    torch.testing.assert_close(out.values, on_one_base.value_head(hidden).squeeze(-1))
+        hidden = model(input_ids=batch.ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(out.values, on_one_base.value_head(hidden[rows, where]).squeeze(-1))
     assert not torch.allclose(out.log_probs, reference)
 
 
 def test_one_backward_pass_reaches_policy_and_critic(on_one_base: SharedBase) -> None:
     """The gradients of one pass over both are those of two passes, each with its own adapter only."""
-    ids, mask = inputs()
+    batch = some_batch()
 
     def gradients(which: str) -> dict[str, torch.Tensor]:
         on_one_base.zero_grad()
-        out = on_one_base(ids, mask, 4)
+        out = on_one_base(batch=batch)
         loss = out.log_probs.sum() if which != "critic" else 0.0
         loss = loss + (out.values.square().sum() if which != "policy" else 0.0)
         loss.backward()
@@ -474,11 +479,11 @@ def test_one_backward_pass_reaches_policy_and_critic(on_one_base: SharedBase) ->
 
 def test_no_switch_freezes_an_adapter(on_one_base: SharedBase) -> None:
     trained = {name for name, p in on_one_base.named_parameters() if p.requires_grad}
-    ids, mask = inputs()
-    on_one_base(ids, mask, 4)
-    on_one_base(ids, mask, 4, reference=True, temperature=1.0)
+    batch = some_batch()
+    on_one_base(batch=batch)
+    on_one_base(batch=batch, reference=True, temperature=1.0)
     with on_one_base.as_policy() as policy:
-        policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, eos_token_id=2)
+        policy.generate(input_ids=batch.ids, max_new_tokens=2, do_sample=False, eos_token_id=2)
     assert {name for name, p in on_one_base.named_parameters() if p.requires_grad} == trained
 
 
@@ -501,10 +506,9 @@ def test_values_on_the_policys_trunk_come_from_its_last_hidden_states(tiny_polic
     module = SharedTrunk(policy, vocabulary=320)
     with torch.no_grad():
         module.value_head.weight.normal_()
-    ids, mask = inputs()
-    out = module(ids, mask, 4)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    hidden = policy.model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state[:, -5:]
+    batch = some_batch()
+    out = module(batch=batch)
+    hidden = policy.model(input_ids=batch.ids).last_hidden_state[torch.arange(3)[:, None], places(batch)]
     torch.testing.assert_close(out.values, module.value_head(hidden).squeeze(-1))
 
 
