@@ -1,52 +1,104 @@
-"""Gold reward over KL in the quickstart's world: SFT, DPO for several beta, PPO for several kl_coef.
+"""Gold reward over KL in the quickstart's world: SFT; DPO, PPO and RLOO at several strengths; PPO on the gold reward.
 
-    python benchmarks/frontier.py RUN [--dpo 0.02 0.05 0.2] [--ppo 0.03 0.1 0.3] [--out benchmarks/frontier]
+    python benchmarks/frontier.py RUN [--only dpo-0.05 ppo-0] [--jobs 2] [--out benchmarks/frontier]
+    python benchmarks/frontier.py RUN --over-optimise        # PPO without a KL penalty, three times as long
 
-RUN is the folder of a finished quickstart. Each setting is a run of its own beside it, which shares what does not
-change and trains one stage and the evaluation. Writes the numbers (`.json`) and the figure (`.svg`), after figure 2
-(left) of Rafailov et al. 2023 (arXiv:2305.18290).
+RUN is the folder of a finished quickstart. Each setting is a run of its own beside it, with the same base, SFT and
+reward model: it trains one stage and evaluates it. Writes the numbers (`.json`) and the figure (`.svg`), after figure 2
+(left) of Rafailov et al. 2023 (arXiv:2305.18290). With `--over-optimise` the gold reward is watched with a weight of
+1e-9: what the scorer says and what is true, update by update (Gao et al. 2022, arXiv:2210.10760).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
-KEYS = {"dpo": "beta", "ppo": "kl_coef"}
-COLOURS = {"sft": "#555555", "dpo": "#1f77b4", "ppo": "#d62728"}
+SHARED = ("base", "sft", "reward")
+COLOURS = {"sft": "#555555", "dpo": "#1f77b4", "ppo": "#d62728", "rloo": "#2ca02c", "gold": "#9467bd"}
+GOLD = {"function": "data/quickstart/gold.py:score", "name": "gold"}
+Stage = dict[str, Any]
 
 
-def point(run: Path, stage: str, value: float) -> dict[str, Any]:
-    """Gold and KL of one setting; finished runs are read, not run again."""
-    folder = run.parent / f"{run.name}-{stage}-{value:g}"
+def variants(stages: dict[str, Stage]) -> dict[str, Stage]:
+    """Every setting by its name: the quickstart's own stage with one key changed."""
+    found: dict[str, Stage] = {}
+    for beta in (0.02, 0.05, 0.2):
+        found[f"dpo-{beta:g}"] = changed(stages["dpo"], beta=beta)
+    for coefficient in (0, 0.03, 0.1, 0.3):
+        found[f"ppo-{coefficient:g}"] = changed(stages["ppo"], kl_coef=coefficient)
+    found["gold-0.1"] = changed(stages["ppo"]) | {"rewards": [GOLD]}
+    for beta in (0.03, 0.1):
+        found[f"rloo-{beta:g}"] = rloo(stages["ppo"], beta)
+    return found
+
+
+def changed(stage: Stage, **train: Any) -> Stage:
+    """A copy with other `train:` keys."""
+    own = copy.deepcopy(stage)
+    own["train"] |= train
+    return own
+
+
+def rloo(ppo: Stage, beta: float) -> Stage:
+    """RLOO with PPO's prompts, scorer, rate and number of replies per update, four to each prompt."""
+    own = copy.deepcopy(ppo)
+    old = own["train"]
+    kept = ("max_steps", "learning_rate", "temperature", "lr_scheduler_type", "warmup_steps", "logging_steps")
+    own["train"] = {key: old[key] for key in kept} | {
+        "num_generations": 4, "max_completion_length": old["response_length"], "beta": beta,
+        "num_iterations": old["num_ppo_epochs"], "gradient_checkpointing": False,
+    }  # fmt: skip
+    return own | {"algorithm": "rloo"}
+
+
+def over_optimised(stages: dict[str, Stage]) -> Stage:
+    """PPO without a KL penalty, three times as long, that logs the gold reward."""
+    own = changed(stages["ppo"], kl_coef=0.0, max_steps=3 * stages["ppo"]["train"]["max_steps"])
+    own["rewards"] = [*own["rewards"], GOLD | {"weight": 1e-9}]
+    return own
+
+
+def train(run: Path, recipe: dict[str, Any], name: str, stage: Stage) -> Path:
+    """One setting's run folder; a finished one is left as it is."""
+    folder = run.parent / f"{run.name}-{name}"
+    own = copy.deepcopy(recipe)
+    evaluate = own["stages"]["evaluate"] | {"models": ["stage:sft", f"stage:{name}"]}
+    own["stages"] = {key: own["stages"][key] for key in SHARED} | {name: stage, "evaluate": evaluate}
+    own["seed"] = yaml.safe_load((run / "recipe.yaml").read_text()).get("seed", own["seed"])
     if not folder.exists():
-        shutil.copytree(run, folder)
-        for name in (stage, "evaluate"):
-            shutil.rmtree(folder / name)
-    key = f"stages.{stage}.train.{KEYS[stage]}={value}"
-    command = [sys.executable, "-m", "alignment", "run", "recipes/quickstart.yaml", "--runs", str(run.parent)]
-    subprocess.run([*command, "--run", folder.name, "--set", key], cwd=ROOT, check=True)
-    metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
-    return read(metrics, stage) | {KEYS[stage]: value}
+        folder.mkdir()
+        for key in SHARED:
+            shutil.copytree(run / key, folder / key)
+    path = run.parent / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(own, sort_keys=False))
+    command = [sys.executable, "-m", "alignment", "run", str(path), "--runs", str(run.parent), "--run", folder.name]
+    subprocess.run([*command, "--quiet"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
-def read(metrics: dict[str, float], stage: str) -> dict[str, Any]:
+def read(folder: Path, name: str) -> dict[str, Any]:
     """One model's place in the figure."""
-    names = ("gold", "gold_low", "gold_high", "kl", "facts", "win_rate")
-    found = {name: metrics.get(f"{name}/{stage}") for name in names}
-    return {"stage": stage} | {name: round(value, 4) for name, value in found.items() if value is not None}
+    metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
+    keys = ("gold", "gold_low", "gold_high", "kl", "facts", "win_rate", "length")
+    return {"name": name} | {key: round(metrics.get(f"{key}/{name}", 0.0), 4) for key in keys}
 
 
 def draw(points: list[dict[str, Any]]) -> str:
     """The figure as SVG: KL to the right, gold upwards, the interval of gold as a bar."""
-    wide, high, left, top = 560, 360, 60, 20
-    most = max(p["kl"] for p in points) * 1.1 or 1.0
+    wide, high, left, top = 640, 400, 60, 20
+    most = max(p["kl"] for p in points) * 1.15 or 1.0
     low, top_gold = min(p["gold_low"] for p in points), max(p["gold_high"] for p in points)
 
     def x(kl: float) -> float:
@@ -68,28 +120,51 @@ def draw(points: list[dict[str, Any]]) -> str:
         parts.append(f'<text x="{x(kl):.0f}" y="{high - 34}" text-anchor="middle">{kl:.1f}</text>')
         parts.append(f'<text x="{left - 6}" y="{y(gold) + 4:.0f}" text-anchor="end">{gold:.2f}</text>')
     for p in points:
-        colour, label = COLOURS[p["stage"]], p["stage"]
-        if label in KEYS:
-            label += f" {KEYS[label]} {p[KEYS[label]]:g}"
+        colour = COLOURS[p["name"].partition("-")[0]]
         parts.append(
             f'<path d="M{x(p["kl"]):.1f} {y(p["gold_low"]):.1f}V{y(p["gold_high"]):.1f}" stroke="{colour}"/>'
             f'<circle cx="{x(p["kl"]):.1f}" cy="{y(p["gold"]):.1f}" r="4" fill="{colour}"/>'
-            f'<text x="{x(p["kl"]) + 7:.1f}" y="{y(p["gold"]) + 4:.1f}" fill="{colour}">{label}</text>'
+            f'<text x="{x(p["kl"]) + 7:.1f}" y="{y(p["gold"]) + 4:.1f}" fill="{colour}">{p["name"]}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])
+
+
+def watched(folder: Path, name: str) -> list[dict[str, float]]:
+    """What the scorer and the gold reward said of each logged update's own replies."""
+    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    keys = {
+        "rewards/scorer": "scorer",
+        "rewards/gold": "gold",
+        "objective/kl": "kl",
+        "completions/mean_length": "length",
+    }
+    return [
+        {"update": line["step"]} | {short: round(line[key], 3) for key, short in keys.items()}
+        for line in lines
+        if "rewards/gold" in line
+    ]
 
 
 def main() -> None:
     """Run what is missing, then write numbers and figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--dpo", type=float, nargs="*", default=[0.02, 0.05, 0.2])
-    parser.add_argument("--ppo", type=float, nargs="*", default=[0.03, 0.1, 0.3])
+    parser.add_argument("--only", nargs="+", help="these settings, dpo-0.05 for example; default: all")
+    parser.add_argument("--over-optimise", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with one thread if above 1")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "frontier")
     options = parser.parse_args()
-    run = options.run.absolute()
-    points = [read(json.loads((run / "evaluate" / "metrics.json").read_text()), "sft")]
-    points += [point(run, stage, value) for stage in KEYS for value in getattr(options, stage)]
+    run, recipe = options.run.absolute(), yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
+    if options.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    if options.over_optimise:
+        for line in watched(train(run, recipe, "ppo-free", over_optimised(recipe["stages"])), "ppo-free"):
+            print(line)
+        return
+    chosen = {name: stage for name, stage in variants(recipe["stages"]).items() if name in (options.only or [name])}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        folders = dict(zip(chosen, pool.map(lambda name: train(run, recipe, name, chosen[name]), chosen), strict=True))
+    points = [read(run, "sft"), *(read(folder, name) for name, folder in folders.items())]
     options.out.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n")
     options.out.with_suffix(".svg").write_text(draw(points))
     for p in points:

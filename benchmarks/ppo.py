@@ -6,7 +6,9 @@
 Each measurement is a process of its own; the first update of each is a warm-up. TRL runs in its own environment, made
 on the first call, and a second time with `gc.collect` stubbed out. Random Llamas never end a reply: `--finish` gives
 their head a bias so that this share of replies ends within the response length (`ppo_common.bias_the_head`). Policy
-and reference start equal; the reward model and the critic are random models of the same shape.
+and reference start equal; the reward model and the critic are random models of the same shape. `ours, one trunk` has
+its values from a head on the policy instead (`critic: shared`): less work, so a row of its own. The last table sets our
+seconds beside the least that the arithmetic allows (`ppo_floor.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ppo_common import (
     trained_folders,
 )
 
-SIDES = ("trl", "trl without gc", "ours")
+SIDES = ("trl", "trl without gc", "ours", "ours, one trunk")
 Result = dict[str, Any]
 
 
@@ -80,6 +82,7 @@ def run_ours(spec: dict[str, Any]) -> Result:
             use_cpu=device == "cpu",
             bf16=spec["dtype"] == "bf16",
             disable_tqdm=True,
+            critic="shared" if spec["one_trunk"] else "separate",
             **spec["arguments"],
         )
         trainer = PPOTrainer(
@@ -95,7 +98,9 @@ def run_ours(spec: dict[str, Any]) -> Result:
                 batch_size=config.local_rollout_forward_batch_size,
                 template=None,
             ),
-            value_model=AutoModelForSequenceClassification.from_pretrained(folder / "value", dtype=kind),
+            value_model=None
+            if spec["one_trunk"]
+            else AutoModelForSequenceClassification.from_pretrained(folder / "value", dtype=kind),
             ref_model=AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=kind),
             callbacks=[watch],
         )
@@ -112,8 +117,28 @@ def run_ours(spec: dict[str, Any]) -> Result:
         "peak_mib": resident_peak(),
         "loaded_mib": loaded,
         "gpu_peak_mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None,
+        "floor": least_seconds(spec, trainer.ref_model.config, lines, device),
         "log": watch.logs[-1],
     }
+
+
+def least_seconds(spec: dict[str, Any], config: Any, lines: list[dict[str, float]], device: str) -> dict[str, float]:
+    """The floor of the mean update, at rates measured in this process."""
+    import torch
+    from ppo_floor import Counts, floor, measured_rates
+
+    arguments, prompts = spec["arguments"], spec["prompts"]
+    mean = {name: statistics.mean(line[f"completions/{name}_length"] for line in lines) for name in ("mean", "max")}
+    counts = Counts(
+        episodes=spec["batch"],
+        prompts=spec["batch"] * statistics.mean(map(len, prompts)),
+        drawn=spec["batch"] * mean["mean"],
+        steps=mean["max"],
+        passes=arguments["num_ppo_epochs"],
+        optimizer_steps=arguments["num_ppo_epochs"] * arguments["num_mini_batches"],
+    )
+    rates = measured_rates(config, torch.float32 if spec["dtype"] == "fp32" else torch.bfloat16, device)
+    return floor(config, counts, rates, one_trunk=spec["one_trunk"])
 
 
 def resident_peak() -> float:
@@ -148,8 +173,8 @@ def measure(side: str, spec: dict[str, Any], folder: Path, options: argparse.Nam
     """One process; a string says why there is no result."""
     out, file = folder / "result.json", folder / "spec.json"
     out.unlink(missing_ok=True)
-    spec = spec | {"out": str(out), "collect": side == "trl"}
-    if side == "ours":
+    spec = spec | {"out": str(out), "collect": side == "trl", "one_trunk": side == "ours, one trunk"}
+    if side.startswith("ours"):
         command = [sys.executable, str(Path(__file__).resolve()), "--side", "ours", str(file)]
     else:
         spec["arguments"] = spec["arguments"] | {"stop_token": "eos"}
@@ -212,6 +237,19 @@ def print_tables(measured: dict[str, dict[str, list[Result]]], sides: list[str])
                 parts = {part: statistics.median(result["parts"][part] for result in found) for part in names}
                 text = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
                 print(f"- {name}, {side}: {text}")
+    print("\nseconds of one update over the least that its arithmetic and its bytes take\n")
+    for name, results in measured.items():
+        for side, found in results.items():
+            if found and "floor" in found[0]:
+                over = {
+                    part: (
+                        statistics.median(result["parts"][part] for result in found),
+                        statistics.median(result["floor"][part] for result in found),
+                    )
+                    for part in found[0]["floor"]
+                }
+                text = ", ".join(f"{part} {took:.3f} / {least:.3f}" for part, (took, least) in over.items())
+                print(f"- {name}, {side}: {text}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -234,6 +272,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mini-batches", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--prompt-length", type=int, default=24, help="longest prompt in tokens")
+    parser.add_argument("--shortest-prompt", type=int, help="default: half of the longest")
     parser.add_argument("--response-length", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one process")
@@ -258,7 +297,7 @@ def main() -> None:
         spec = json.loads(Path(options.side[1]).read_text())
         Path(spec["out"]).write_text(json.dumps(run_ours(spec)))
         return
-    options.python = environment(options.env) if set(options.sides) - {"ours"} else None
+    options.python = environment(options.env) if any("trl" in side for side in options.sides) else None
     measured: dict[str, dict[str, list[Result]]] = {}
     # More prompts than are used: TRL steps after every micro-batch of the update that draws the last of them.
     count = options.batch * (options.updates + 2)
@@ -272,7 +311,8 @@ def main() -> None:
                     prompts = text_prompts(options.prompts, tokenizer, count, options.prompt_length)
                 else:
                     random_folders(SIZES[size], models, finish=finish, response_length=options.response_length)
-                    prompts = random_prompts(SIZES[size].vocabulary, count, options.prompt_length)
+                    lengths = (options.shortest_prompt or (options.prompt_length + 1) // 2, options.prompt_length)
+                    prompts = random_prompts(SIZES[size].vocabulary, count, *lengths)
                 for dtype in options.dtypes:
                     ends = "" if finish is None else f", {finish:.0%} end"
                     name = f"{Path(size).name} {dtype}{ends}"

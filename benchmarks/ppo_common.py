@@ -188,10 +188,10 @@ def save_roles(
         tokenizer.save_pretrained(target / role)
 
 
-def random_prompts(vocabulary: int, count: int, longest: int) -> list[list[int]]:
-    """Prompts of half to all of `longest` random words."""
+def random_prompts(vocabulary: int, count: int, shortest: int, longest: int) -> list[list[int]]:
+    """Prompts of `shortest` to `longest` random words."""
     draw = random.Random(0)
-    lengths = [draw.randint((longest + 1) // 2, longest) for _ in range(count)]
+    lengths = [draw.randint(shortest, longest) for _ in range(count)]
     return [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
 
 

@@ -306,7 +306,7 @@ def main() -> None:
         folder = arguments.keep or Path(made)
         models, spec = folder / "models", folder / "spec.json"
         make_models(models)
-        prompts = random_prompts(TINY.vocabulary, 48, 8)
+        prompts = random_prompts(TINY.vocabulary, 48, 4, 8)
         out = folder / "dump"
         wanted = {"models": str(models), "prompts": prompts, "out": str(out), "dtype": "fp32", "cases": CASES | STEPS}
         spec.write_text(json.dumps(wanted))

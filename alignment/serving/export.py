@@ -23,9 +23,10 @@ from alignment.models.adapters import merge
 from alignment.models.generation import Policy
 from alignment.models.load import adapter_base, load_policy, load_scorer
 from alignment.pipeline.files import settle, storage, sync_folder
-from alignment.pipeline.runs import MANIFEST, verify_parent
+from alignment.pipeline.runs import MANIFEST, read_manifest, verify_parent
 from alignment.serving.kind import kind_of
 
+SCALE = ("score_mean", "score_std")  # what PPO normalises a reward model's scores by
 TOLERANCE = 1e-4  # of a logit, relative to the largest one where that is above 1
 PLAIN_PROBE = "The capital of France is Paris."
 
@@ -98,6 +99,9 @@ def _load_whole(stage: Path) -> Exported:
         return Exported(kind, model, tokenizer, "whole weights")
     scale = float(_logits(model, _probe(tokenizer)).abs().max())
     merged = merge(model, tolerance=TOLERANCE * max(1.0, scale))
+    # A whole reward model has its scale in config.json; an adapter's stands in the manifest only.
+    described = (read_manifest(stage) or {}).get("model") or {}
+    merged.config.update({key: described[key] for key in SCALE if key in described})
     return Exported(kind, merged, tokenizer, f"adapter merged into {adapter_base(stage)}")
 
 

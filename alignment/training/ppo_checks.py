@@ -92,7 +92,7 @@ def _training_pass(trainer: PPOTrainer, model: torch.nn.Module, rollout: Rollout
     if not worst <= _tolerance(trainer):
         yield (
             f"ratio: before the first update it must be 1 and the approximate KL 0, found a mean ratio of {ratio:.4g} "
-            f"and log-probabilities that differ by up to {worst:.2g}. Usual causes: another temperature or mask in "
+            f"and log-probabilities that differ by up to {worst:.2g}. Usual causes: another temperature in "
             "the rollout than in training, padding that is seen, dropout"
         )
 

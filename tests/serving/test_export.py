@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from alignment.data import templates
 from alignment.errors import ChainError, ModelError
 from alignment.models.load import load_policy, load_scorer
+from alignment.pipeline import runs
 from alignment.serving import export as module
 from alignment.serving.export import export
 from alignment.serving.kind import kind_of
+from alignment.training.rewards import stored_scale
 
 PROBE = torch.arange(1, 30)[None]
 
@@ -100,6 +102,16 @@ def test_a_reward_model_is_exported_with_its_head(adapter: Callable[..., Path], 
     assert expected.abs().item() > 1e-3
     assert logits(load_scorer(out)[0]).item() == pytest.approx(expected.item(), abs=1e-5)
     assert kind_of(out) == "sequence-classification"
+
+
+def test_the_scale_of_an_adapters_scores_is_exported(adapter: Callable[..., Path], tmp_path: Path) -> None:
+    stage = adapter(scorer=True)
+    digest = runs.digest({})
+    described = {"stage": "reward", "kind": "reward", "fingerprint": {}, "fingerprint_sha256": digest, "files": {}}
+    runs.write_manifest(stage, described | {"model": {"score_mean": 1.5, "score_std": 0.25}})
+    assert stored_scale(stage, load_scorer(stage)[0]) == (1.5, 0.25)
+    out = export(stage, tmp_path / "out")
+    assert stored_scale(out, load_scorer(out)[0]) == (1.5, 0.25)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT warns of exactly this

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment.errors import NonFiniteError, RecipeError
 from alignment.models.load import load_policy, load_scorer
-from alignment.training import ppo_checks
+from alignment.training import ppo, ppo_checks
 from alignment.training.actor_critic import SharedTrunk
 from alignment.training.objectives import gae, token_rewards
 from alignment.training.ppo import PPOTrainer
@@ -169,6 +169,20 @@ def test_how_many_rows_are_judged_at_once_does_not_matter(make: Make) -> None:
     trainer.settings.local_rollout_forward_batch_size = 3
     for first, second in zip(whole[:2], trainer._judge(trainer.model_wrapped, episodes, mask)[:2], strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_gathered_once_per_rollout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many groups of prompts are drawn; under ZeRO-3 each gathering moves the whole model."""
+    seen: list[bool] = []
+    own = ppo.unwrap_model_for_generation
+
+    def counted(*args: Any, gather_deepspeed3_params: bool, **options: Any) -> Any:
+        seen.append(gather_deepspeed3_params)
+        return own(*args, gather_deepspeed3_params=gather_deepspeed3_params, **options)
+
+    monkeypatch.setattr(ppo, "unwrap_model_for_generation", counted)
+    make(max_steps=2, local_rollout_forward_batch_size=3).train()
+    assert seen == [True, True]
 
 
 @pytest.mark.parametrize("form", FORMS)
