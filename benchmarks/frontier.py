@@ -39,7 +39,7 @@ def variants(stages: dict[str, Stage]) -> dict[str, Stage]:
     for coefficient in (0, 0.03, 0.1, 0.3):
         found[f"ppo-{coefficient:g}"] = changed(stages["ppo"], kl_coef=coefficient)
     found["gold-0.1"] = changed(stages["ppo"]) | {"rewards": [GOLD]}
-    for beta in (0.03, 0.1):
+    for beta in (0.05, 0.1):
         found[f"rloo-{beta:g}"] = rloo(stages["ppo"], beta)
     return found
 
@@ -70,8 +70,12 @@ def over_optimised(stages: dict[str, Stage]) -> Stage:
     return own
 
 
-def train(run: Path, recipe: dict[str, Any], name: str, stage: Stage) -> Path:
-    """One setting's run folder; a finished one is left as it is."""
+def train(run: Path, recipe: dict[str, Any], name: str, stage: Stage) -> tuple[Path, str]:
+    """One setting's run folder and its stage there: RUN itself where it is the recipe's own, else a run of its own."""
+    for own_name, own_stage in recipe["stages"].items():
+        if stage == own_stage:
+            return run, own_name
+    name = name.replace(".", "_")  # a stage's name has no dot
     folder = run.parent / f"{run.name}-{name}"
     own = copy.deepcopy(recipe)
     evaluate = own["stages"]["evaluate"] | {"models": ["stage:sft", f"stage:{name}"]}
@@ -85,14 +89,14 @@ def train(run: Path, recipe: dict[str, Any], name: str, stage: Stage) -> Path:
     path.write_text(yaml.safe_dump(own, sort_keys=False))
     command = [sys.executable, "-m", "alignment", "run", str(path), "--runs", str(run.parent), "--run", folder.name]
     subprocess.run([*command, "--quiet"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return folder
+    return folder, name
 
 
-def read(folder: Path, name: str) -> dict[str, Any]:
+def read(folder: Path, stage: str, name: str) -> dict[str, Any]:
     """One model's place in the figure."""
     metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
     keys = ("gold", "gold_low", "gold_high", "kl", "facts", "win_rate", "length")
-    return {"name": name} | {key: round(metrics.get(f"{key}/{name}", 0.0), 4) for key in keys}
+    return {"name": name} | {key: round(metrics.get(f"{key}/{stage}", 0.0), 4) for key in keys}
 
 
 def draw(points: list[dict[str, Any]]) -> str:
@@ -158,13 +162,13 @@ def main() -> None:
     if options.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
     if options.over_optimise:
-        for line in watched(train(run, recipe, "ppo-free", over_optimised(recipe["stages"])), "ppo-free"):
+        for line in watched(*train(run, recipe, "ppo-free", over_optimised(recipe["stages"]))):
             print(line)
         return
     chosen = {name: stage for name, stage in variants(recipe["stages"]).items() if name in (options.only or [name])}
     with ThreadPoolExecutor(options.jobs) as pool:
-        folders = dict(zip(chosen, pool.map(lambda name: train(run, recipe, name, chosen[name]), chosen), strict=True))
-    points = [read(run, "sft"), *(read(folder, name) for name, folder in folders.items())]
+        places = list(pool.map(lambda name: train(run, recipe, name, chosen[name]), chosen))
+    points = [read(run, "sft", "sft"), *(read(*place, name) for name, place in zip(chosen, places, strict=True))]
     options.out.with_suffix(".json").write_text(json.dumps(points, indent=1) + "\n")
     options.out.with_suffix(".svg").write_text(draw(points))
     for p in points:
