@@ -285,6 +285,8 @@ def _header(ctx: Context, trainer: Trainer) -> None:
     _say(f"  from       {ctx.model.stage or ctx.start or 'random weights'}")
     _say(f"  to         {spec.output}")
     tokens = f"{report['trained_tokens']:,} trained of {report['tokens']:,} tokens"
+    if ctx.row.schema == "prompts":
+        tokens = f"{report['tokens']:,} tokens of prompts"
     _say(f"  rows       {len(ctx.rows.train):,} (read {sum(s['rows_in'] for s in report['sources']):,}), {tokens}")
     _say(f"  trains     {trained:,} of {total:,} parameters, computes in {precision}")
 
