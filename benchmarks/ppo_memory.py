@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -39,11 +40,13 @@ def policy(millions: int, tokenizer: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """A tokenizer with a chat template, trained on a few words."""
+    """A tokenizer of 8,000 tokens with a chat template, trained on random words."""
     from alignment.data import templates
     from alignment.models.tokenizer import fit, train_tokenizer
 
-    made = train_tokenizer(["one two three four five six"] * 10, 400, templates.template("chatml").special_tokens)
+    letters = random.Random(0)
+    words = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(20_000)]
+    made = train_tokenizer([" ".join(words)], 8000, templates.template("chatml").special_tokens)
     fit(made, "chatml", conversational=True)
     return made
 
@@ -61,7 +64,7 @@ def trainer(side: str, options: argparse.Namespace, folder: str) -> Any:
     draw = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:
-        drawn: list[int] = torch.randint(270, 380, (count,), generator=draw).tolist()
+        drawn: list[int] = torch.randint(300, 7000, (count,), generator=draw).tolist()
         return drawn
 
     common = {
@@ -81,10 +84,12 @@ def trainer(side: str, options: argparse.Namespace, folder: str) -> Any:
         )
     prompts = [{"prompt_ids": ids(options.prompt), "prompt": "x"} for _ in range(2 * options.rows)]
     settings = PPOConfig(**common, response_length=options.reply, num_ppo_epochs=1)
-    return PPOTrainer(
+    made = PPOTrainer(
         model, settings, Dataset.from_list(prompts), processing_class=words, reward_funcs=length, peft_config=adapter,
         stop_ids=[words.pad_token_id],  # as good as never drawn: every reply has full length
     )  # fmt: skip
+    made.pass_tokens = None  # all rows in one pass, as on a GPU; a CPU would take fewer, and less memory
+    return made
 
 
 def length(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:

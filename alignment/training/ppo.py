@@ -88,10 +88,10 @@ class PPOTrainer(Checked, Trainer):
         self.stopped: str | None = None  # why the run ended early
         self.starts_at_reference = starts_at_reference
         self._checked = False
-        module = ppo_setup.assemble(model, value_model, processing_class, args, peft_config)
-        ppo_setup.require_reference(module, ref_model)
+        self.module = ppo_setup.assemble(model, value_model, processing_class, args, peft_config)  # engines wrap it
+        ppo_setup.require_reference(self.module, ref_model)
         super().__init__(
-            model=module,
+            model=self.module,
             args=ppo_setup.one_step_per_update(args, self.local_rows),
             data_collator=ppo_setup.collate,
             train_dataset=ppo_setup.with_prompt_ids(train_dataset, processing_class),
@@ -215,7 +215,7 @@ class PPOTrainer(Checked, Trainer):
                 out: Tensor = model(batch=batch, temperature=temperature, reference=True)
                 return out
             logits, _ = read(self.ref_model, batch)
-        return Drawn.of(logits, batch, temperature=temperature, vocabulary=self._module.vocabulary).log_probs()
+        return Drawn.of(logits, batch, temperature=temperature, vocabulary=self.module.vocabulary).log_probs()
 
     def _update(self, model: torch.nn.Module, rollout: Rollout) -> Tensor:
         """Every epoch and minibatch; the optimizer step of the last one is left to the Trainer."""
@@ -324,7 +324,7 @@ class PPOTrainer(Checked, Trainer):
         """Upstream's, with the critic's own learning rate where there is one."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self.settings.critic_learning_rate is not None:
-            with_own_rate(optimizer, self._module.critic_parameters(), self.settings.critic_learning_rate)
+            with_own_rate(optimizer, self.module.critic_parameters(), self.settings.critic_learning_rate)
         return optimizer
 
     def _optimizer_step(self, model: torch.nn.Module) -> None:
@@ -367,11 +367,6 @@ class PPOTrainer(Checked, Trainer):
         """The policy's tokenizer."""
         tokenizer: PreTrainedTokenizerBase = self.processing_class
         return tokenizer
-
-    @property
-    def _module(self) -> ActorCritic:
-        module: ActorCritic = self.accelerator.unwrap_model(self.model)
-        return module
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Whole batches only: each update has the same number of episodes, and evaluation answers every prompt."""
@@ -429,11 +424,11 @@ class PPOTrainer(Checked, Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self._module.save(folder, self._module.state_dict() if state_dict is None else state_dict)
+            self.module.save(folder, self.module.state_dict() if state_dict is None else state_dict)
             self.tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._module.load(Path(resume_from_checkpoint))
+        self.module.load(Path(resume_from_checkpoint))
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint."""
