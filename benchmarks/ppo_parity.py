@@ -4,7 +4,8 @@
 
 TRL's trainer makes one update of tiny models in its own environment and everything in it is written down
 (`ppo_trl.py dump`). From its replies and its weights before the update, `alignment.training.objectives` computes the
-update again. Exit status 1 where the two mean the same and differ by more than 1e-5.
+update again, and so does `PPOTrainer`, given TRL's replies, scores and order of minibatches. Exit status 1 where the
+two mean the same and differ by more than 1e-5.
 
 The strict cases draw replies without a stop token. With one, TRL pays the score one token after it, so rewards,
 advantages and losses differ on purpose; the case `stop` shows by how much.
@@ -17,19 +18,24 @@ import json
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from ppo_common import DEFAULT_ENVIRONMENT, HERE, Size, bias_the_head, call, environment, random_prompts, save_roles
 from ppo_common import word_tokenizer as tokenizer_of
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from alignment.training import objectives
+from alignment.training.ppo import PPOTrainer
+from alignment.training.ppo_config import PPOConfig
+from alignment.training.rollout import Episodes, Rollout, Scores
 
 TINY = Size(64, 32, 64, 2, 4)
 TOLERANCE = 1e-5
@@ -251,6 +257,61 @@ def updated(
     return update
 
 
+# --- the same update, from our trainer --------------------------------------------------------------------------------
+
+
+class Replay(PPOTrainer):
+    """Our trainer with TRL's replies, scores and minibatches; all else is its own."""
+
+    seen: dict[str, Tensor]
+    kept: Rollout
+
+    def _generate(self, model: Any, rows: Any) -> Episodes:
+        pad = self.tokenizer.pad_token_id
+        prompts = [[token for token in row if token != pad] for row in self.seen["queries"].tolist()]
+        replies = self.seen["responses"].tolist()
+        return Episodes(rows, prompts, replies, [""] * len(prompts), [False] * len(prompts))
+
+    def _score(self, episodes: Episodes) -> Scores:
+        scores = self.seen["scores"].double().numpy()
+        return Scores(scores, {"reward": scores})
+
+    def _minibatches(self, rows: int) -> Iterator[list[int]]:
+        for number in range(int(self.seen["micro_batches"])):
+            yield self.seen[f"micro.{number}.micro_batch_inds"].tolist()
+
+    def rollout(self, model: Any, rows: Any) -> Rollout:
+        """Keep it for the comparison."""
+        self.kept = super().rollout(model, rows)
+        return self.kept
+
+
+def replayed(case: dict[str, Any], models: Path, seen: dict[str, Tensor], log: dict[str, float]) -> list[Line]:
+    """One update of `PPOTrainer` beside TRL's: advantages, logged losses, weights."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "policy", padding_side="left")
+    policy, value = causal(models / "policy"), classifier(models / "value")
+    with tempfile.TemporaryDirectory(prefix="ppo-replay-") as output:
+        config = PPOConfig(
+            output_dir=output, report_to="none", save_strategy="no", logging_steps=1, use_cpu=True, disable_tqdm=True,
+            bf16=False, max_grad_norm=0.0, bootstrap_truncated=False, **case,
+        )  # fmt: skip
+        trainer = Replay(
+            policy, config, Dataset.from_dict({"prompt_ids": [[3]] * 16, "prompt": ["x"] * 16}),
+            processing_class=tokenizer, reward_funcs=lambda prompts, completions, **_: [0.0] * len(prompts),
+            value_model=value, ref_model=causal(models / "reference"), starts_at_reference=False,
+        )  # fmt: skip
+        trainer.seen = seen
+        trainer.train()
+    line = next(line for line in trainer.state.log_history if "loss/policy_avg" in line)
+    lines = [Line("PPOTrainer: advantages", largest(trainer.kept.advantages, seen["advantages"]), SAME)]
+    for name in ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "objective/rlhf_reward", "val/ratio"):
+        lines.append(Line(f"PPOTrainer: {name}", abs(line[name] - log[name]), SAME, f"{log[name]:.4f}"))
+    for role, model in (("policy", policy), ("value", value)):
+        error = max(largest(p, seen[f"after.{role}.{name}"]) for name, p in model.named_parameters())
+        lines.append(Line(f"PPOTrainer: {role} weights after the update", error, SAME))
+    return lines
+
+
 def compare(case: dict[str, Any], models: Path, seen: dict[str, Tensor], log: dict[str, float]) -> list[Line]:
     """Every quantity of one update of TRL beside ours."""
     policy, value = causal(models / "policy"), classifier(models / "value")
@@ -316,6 +377,8 @@ def main() -> None:
         for name, case in CASES.items():
             seen, log = load_file(out / f"{name}.safetensors"), json.loads((out / f"{name}.json").read_text())
             lines = compare(case, models, seen, log)
+            if "stop_token" not in case:
+                lines += replayed(case, models, seen, log)
             ended = int((seen["sequence_lengths"] + 1 < seen["responses"].shape[1]).sum())
             replies = f"{len(seen['queries'])} replies, {ended} shorter than {case['response_length']} tokens"
             print(f"\n### {name}: {replies}")
