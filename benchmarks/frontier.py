@@ -1,4 +1,5 @@
-"""Gold reward over KL in the quickstart's world: SFT; DPO, PPO and RLOO at several strengths; PPO on the gold reward.
+"""Gold reward over KL in the quickstart's world: SFT; DPO, PPO and RLOO at several strengths; PPO on the gold reward,
+and with other critics.
 
     python benchmarks/frontier.py RUN [--only dpo-0.05 ppo-0] [--jobs 2] [--out benchmarks/frontier]
     python benchmarks/frontier.py RUN --over-optimise        # PPO without a KL penalty, three times as long
@@ -38,6 +39,8 @@ def variants(stages: dict[str, Stage]) -> dict[str, Stage]:
         found[f"dpo-{beta:g}"] = changed(stages["dpo"], beta=beta)
     for coefficient in (0, 0.03, 0.1, 0.3):
         found[f"ppo-{coefficient:g}"] = changed(stages["ppo"], kl_coef=coefficient)
+    found["ppo-critic_policy"] = changed(stages["ppo"], critic_init="policy")
+    found["ppo-critic_shared"] = changed(stages["ppo"], critic="shared")
     found["gold-0.1"] = changed(stages["ppo"]) | {"rewards": [GOLD]}
     for beta in (0.05, 0.1):
         found[f"rloo-{beta:g}"] = rloo(stages["ppo"], beta)
