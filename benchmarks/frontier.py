@@ -1,7 +1,7 @@
 """Gold reward over KL in the quickstart's world: SFT; DPO, PPO and RLOO at several strengths; PPO on the gold reward,
 and with other critics.
 
-    python benchmarks/frontier.py RUN [--only dpo-0.05 ppo-0] [--jobs 2] [--out benchmarks/frontier]
+    python benchmarks/frontier.py RUN [--only dpo-0.1 ppo-0] [--jobs 2] [--out benchmarks/frontier]
     python benchmarks/frontier.py RUN --over-optimise        # PPO without a KL penalty, three times as long
 
 RUN is the folder of a finished quickstart. Each setting is a run of its own beside it, with the same base, SFT and
@@ -35,7 +35,7 @@ Stage = dict[str, Any]
 def variants(stages: dict[str, Stage]) -> dict[str, Stage]:
     """Every setting by its name: the quickstart's own stage with one key changed."""
     found: dict[str, Stage] = {}
-    for beta in (0.02, 0.05, 0.2):
+    for beta in (0.03, 0.1, 0.3):
         found[f"dpo-{beta:g}"] = changed(stages["dpo"], beta=beta)
     for coefficient in (0, 0.03, 0.1, 0.3):
         found[f"ppo-{coefficient:g}"] = changed(stages["ppo"], kl_coef=coefficient)
@@ -156,7 +156,7 @@ def main() -> None:
     """Run what is missing, then write numbers and figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--only", nargs="+", help="these settings, dpo-0.05 for example; default: all")
+    parser.add_argument("--only", nargs="+", help="these settings, dpo-0.1 for example; default: all")
     parser.add_argument("--over-optimise", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with one thread if above 1")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "frontier")
