@@ -29,7 +29,13 @@ from ppo_common import DEFAULT_ENVIRONMENT, HERE, Size, bias_the_head, call, env
 from ppo_common import word_tokenizer as tokenizer_of
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PrinterCallback,
+)
 from transformers.utils import logging
 
 from alignment.training import objectives
@@ -301,6 +307,7 @@ def replayed(case: dict[str, Any], models: Path, seen: dict[str, Tensor], log: d
             value_model=value, ref_model=causal(models / "reference"), starts_at_reference=False,
         )  # fmt: skip
         trainer.seen = seen
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     line = next(line for line in trainer.state.log_history if "loss/policy_avg" in line)
     lines = [Line("PPOTrainer: advantages", largest(trainer.kept.advantages, seen["advantages"]), SAME)]
