@@ -55,22 +55,44 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     from alignment.checking import check
+    from alignment.pipeline.memory.plan import facts, lines, problem
     from alignment.recipe.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)
-    found = check(recipe, quick=arguments.quick)
+    plans = _memory_plans(recipe, arguments)
+    found = check(recipe, quick=arguments.quick or bool(plans))
+    found.problems += [line for plan in plans if (line := problem(plan))]
     code = int(ExitCode.BAD_INPUT if found.problems else ExitCode.DONE)
     if arguments.json:
-        print(json.dumps({"code": code, **asdict(found)}))
+        memory = {plan.stage: facts(plan) for plan in plans}
+        print(json.dumps({"code": code, **asdict(found), **({"memory": memory} if plans else {})}))
         return code
     for line in found.checked:
         print(f"ok           {line}")
     for line in found.unchecked:
         print(f"not checked  {line}")
+    for plan in plans:
+        print("\n".join(lines(plan)))
     for line in found.problems:
         print(f"alignment: {arguments.recipe}: {line}", file=sys.stderr)
     print(f"{arguments.recipe}: {len(recipe.stages)} stages, {_count(len(found.problems), 'problem')}")
     return code
+
+
+def _memory_plans(recipe: Any, arguments: argparse.Namespace) -> list[Any]:
+    """The memory of every stage on the GPUs that were asked about; empty if none were."""
+    from alignment.pipeline.memory.plan import GIB, assess
+    from alignment.pipeline.memory.source import Machine
+    from alignment.recipe.load import resolve
+
+    if arguments.gpus is None and arguments.memory is None:
+        return []
+    memory = None if arguments.memory is None else arguments.memory * GIB
+    run = arguments.runs / recipe.name
+    return [
+        assess(recipe, name, Machine(arguments.gpus or resolve(recipe, name).launch.processes), memory=memory, run=run)
+        for name in recipe.stages
+    ]
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -248,6 +270,19 @@ def _command(
     return parser
 
 
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """The type of an argument that is a number above 0."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError(text)
+        return value
+
+    convert.__name__ = "number above 0"
+    return convert
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe (YAML)")
     parser.add_argument(
@@ -274,11 +309,20 @@ def _add_check(commands: Any) -> None:
         commands, "check", _check, "say whether a recipe can run, without running it",
         "The recipe, its files and the first records of each, at once; then every row, and the chat\n"
         "template on real rows where the tokenizer is on this machine.\n\n"
-        "  alignment check recipes/quickstart.yaml --set stages.dpo.train.beta=0.05",
+        "  alignment check recipes/quickstart.yaml --set stages.dpo.train.beta=0.05\n\n"
+        "With --gpus or --memory, instead of the rows: what each stage will need on each GPU, at the\n"
+        "longest row; the largest batch and longest row that fit; and the cheapest change that makes it\n"
+        "fit where it does not. It takes the model's config.json and no GPU.\n\n"
+        "  alignment check recipes/zephyr-7b/full.yaml --gpus 8 --memory 80",
         epilog=f"algorithms:\n{rows}\n",
     )  # fmt: skip
     _add_recipe(parser)
     parser.add_argument("--quick", action="store_true", help="only what needs no tokenizer: well under a second")
+    parser.add_argument("--gpus", type=_positive(int), metavar="N",
+                        help="plan the memory on N GPUs (default: launch.processes of each stage)")  # fmt: skip
+    parser.add_argument("--memory", type=_positive(float), metavar="GB",
+                        help="of one GPU; a stage that does not fit fails the check")  # fmt: skip
+    _add_runs(parser)
     _add_json(parser)
 
 

@@ -18,11 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignment.evaluation.metrics import Floats, sequence_kl
 from alignment.models.generation import Policy, draw, pad_id, require_room, vocabulary_size
 from alignment.models.load import HEAD
+from alignment.pipeline.memory.situation import LOGITS_AT_ONCE
 from alignment.recipe.schema import Sampling
 
 Ids = Sequence[int]
-
-LOGITS_AT_ONCE = 2**26  # numbers of one model's logits held at a time: 256 MiB in float32
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from alignment.errors import ModelError
 from alignment.models.tokenizer import load_tokenizer
+from alignment.pipeline.launch import cpu_has_amx
 from alignment.recipe.schema import Quantization
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,14 +46,7 @@ def compute_dtype(choice: Literal["auto", "bfloat16", "float32"]) -> torch.dtype
         return DTYPES[choice]
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if _cpu_has_amx() else torch.float32
-
-
-def _cpu_has_amx() -> bool:
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return torch.bfloat16 if cpu_has_amx() else torch.float32
 
 
 def is_adapter(path: str | Path) -> bool:

@@ -6,6 +6,7 @@ each stage's worker holds the stage's own.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from alignment.errors import ChainError, ExitCode, RecipeError
 from alignment.pipeline import describe, launch
 from alignment.pipeline import plan as planning
 from alignment.pipeline.locks import lock, refuse_if_held
+from alignment.pipeline.memory import plan as memory_plan
+from alignment.pipeline.memory.source import Machine
 from alignment.pipeline.plan import StagePlan
 from alignment.pipeline.runs import OUTPUT, STAGE, read_manifest
+from alignment.recipe.load import resolve
 from alignment.recipe.problems import did_you_mean
 from alignment.recipe.schema import Recipe
 
@@ -69,17 +73,28 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
         say(f"{describe.title(request.recipe, name)}: {describe.status(plan)}")
         for line in describe.details(request.recipe, plan):
             say(line)
+        memory = _memory(request, name)
+        say(f"  memory     {memory['text']}")
         path = plan.spec.output / STAGE
         if plan.status in ("fresh", "resume", "waiting"):
             say(f"  command    {launch.shown(plan.spec, path)}")
         stages[name] = {"status": plan.status, "waiting_for": list(plan.waiting_for), "path": str(plan.spec.output),
                         "difference": list(plan.difference), "command": launch.command(plan.spec, path),
-                        "environment": launch.settings(plan.spec)}  # fmt: skip
+                        "environment": launch.settings(plan.spec), "memory": memory}  # fmt: skip
     moved = _to_archive(request, names, plans)
     for name in moved:
         say(f"{name}: {request.folder / name} would be moved aside")
     _refuse(request, names, plans, moved)
     return {"run": str(request.folder), "dry_run": True, "code": 0, "stages": stages}
+
+
+def _memory(request: Request, name: str) -> dict[str, Any]:
+    """What a stage needs on this machine's devices, as it would be launched."""
+    config = resolve(request.recipe, name).launch
+    cuda = bool(launch.gpus({**os.environ, **config.env}))
+    machine = Machine(config.processes, cuda=cuda, fast_bfloat16=cuda or launch.cpu_has_amx())
+    plan = memory_plan.assess(request.recipe, name, machine, run=request.folder)
+    return {"text": memory_plan.brief(plan, cuda=cuda), **memory_plan.facts(plan)}
 
 
 def execute(request: Request, say: Say) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def gpus(env: Mapping[str, str]) -> list[str]:
     return [name for name in visible.split(",") if name.strip() and name != "-1"]
 
 
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 much faster than float32."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def run_stage(
     spec: StageSpec, stage_yaml: Path, *, output: Path | None = None, say: Callable[[str], None] = print
 ) -> int:

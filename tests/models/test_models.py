@@ -157,9 +157,9 @@ def test_embeddings_grow_and_never_shrink(tiny_policy: Path) -> None:
 
 def test_auto_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(load, "_cpu_has_amx", lambda: True)
+    monkeypatch.setattr(load, "cpu_has_amx", lambda: True)
     assert compute_dtype("auto") == torch.bfloat16
-    monkeypatch.setattr(load, "_cpu_has_amx", lambda: False)
+    monkeypatch.setattr(load, "cpu_has_amx", lambda: False)
     assert compute_dtype("auto") == torch.float32
     assert compute_dtype("bfloat16") == torch.bfloat16
 
