@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.data import formats, sources
+from alignment.data import sources
 from alignment.data.checks import Defect, check_row
+from alignment.data.opened import open_source, rows_of
 from alignment.errors import UserError
 from alignment.pipeline.fingerprint import is_local, is_template_file
 from alignment.recipe.algorithms import ALGORITHMS, Schema
@@ -123,24 +124,22 @@ def _check_head(place: str, source: Source, schema: Schema, found: Findings) -> 
         if sources.find_files(source) is None:
             found.unchecked.append(f"{place}: {source.path} is a hub name, which is not downloaded here")
             return
-        sample = list(itertools.islice(sources.read(source), SAMPLE))
-        sources.require_columns(sample, source)
-        rows = [sources.rename(record.value, source.columns) for record in sample]
-        known = formats.detect(rows, schema, named=source.format, source=source.path)
+        opened = open_source(source, schema)
+        sample = list(itertools.islice(opened.records, SAMPLE))
     except UserError as error:
         found.problem(place, error)
         return
     defects = []
-    for record, row in zip(sample, rows, strict=True):
+    for record in sample:
         try:
-            for converted in formats.convert(row, known, schema):
-                check_row(converted, schema)
+            for row in rows_of(record, opened):
+                check_row(row, schema)
         except Defect as defect:
             defects.append(f"{record.where}: {defect.reason} ({defect.detail})")
     if len(defects) == len(sample):
         found.problem(place, f"none of the first {len(sample)} rows can be used: {defects[0]}")
     else:
-        found.checked.append(f"{place}: {source.path}: {formats.says(known, schema)}")
+        found.checked.append(f"{place}: {source.path}: {opened.says}: {opened.why}")
 
 
 def _check_rows(recipe: Recipe, found: Findings) -> None:
@@ -161,7 +160,10 @@ def _check_rows(recipe: Recipe, found: Findings) -> None:
                 limits, strict = data.limits, data.strict
             said: list[str] = []
             try:
-                rows = load_rows(wanted, schema, seed=stage.seed or 0, strict=strict, limits=limits, say=said.append)
+                rows = load_rows(
+                    wanted, schema, seed=stage.seed or 0, strict=strict, limits=limits, say=said.append, data=data,
+                    held_out=place.endswith("data.eval"),
+                )  # fmt: skip
             except UserError as error:
                 found.problem(place, error)
                 continue

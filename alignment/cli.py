@@ -1,4 +1,4 @@
-"""The command line: `alignment check | run | status | runs | report | chat | export | env`.
+"""The command line: `alignment check | run | data | status | runs | report | data | chat | export | env`.
 
 Parsing, printing and exit codes only. Whatever imports torch is imported inside the command that needs it, so that
 `--help`, `run --dry-run`, `check --quick`, `status`, `runs`, `report` and `env` answer at once on a login node.
@@ -242,6 +242,8 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from alignment import datacli  # which uses this module
+
     parser = argparse.ArgumentParser(
         prog="alignment",
         description="Train aligned language models as a chain of checked stages that a recipe describes.\n\n"
@@ -256,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_inspection(commands)
     _add_serving(commands)
+    datacli.add(commands)
     return parser
 
 

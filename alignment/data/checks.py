@@ -48,6 +48,11 @@ REASONS: dict[str, str] = {
     "overlong": "more tokens than train.max_length, and data.on_overlong is drop",
     "emptied-by-truncation": "nothing of the answer is left within train.max_length",
     "equal-after-truncation": "chosen and rejected are the same tokens within train.max_length",
+    "too-few-answers": "fewer than two answers to compare",
+    "tied-scores": "no answer is rated above another",
+    "no-score": "an answer without the rating that the others have",
+    "untrained-turn": "an answer marked `weight: 0` or `train: false`: a turn that must not be learned from",
+    "other-format": "a row of another format than most rows of its file",
 }
 # What the user asked for with `data.on_overlong`: counted and shown, but not defects of the source.
 CHOSEN_BY_USER = frozenset({"overlong", "emptied-by-truncation", "equal-after-truncation"})

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ import datasets
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data import formats, sources, templates
-from alignment.data.checks import EXAMPLES, Defect, Tally, check_row
+from alignment.data import sources, templates
+from alignment.data.checks import EXAMPLES
+from alignment.data.loading import Loading, load
+from alignment.data.remedies import Account, Found, augmented
+from alignment.data.shorten import shorten
 from alignment.data.tokens import Settings, Stats, tables
 from alignment.errors import DataError, StorageError
 from alignment.recipe.algorithms import Schema
-from alignment.recipe.schema import DataLimits, Source, Stage
+from alignment.recipe.schema import Data, DataLimits, Source, Stage
 
 CODE_VERSION = 1  # raise it when the same rows would give other tokens: it is part of the cache key
-SAMPLE = 100  # records from which a source's format is detected
 STALE = 24 * 3600  # seconds after which an unfinished table is litter of a killed process
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
@@ -51,76 +53,27 @@ class Prepared:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Found:
-    """A normalised row, where it stands, and the index of its source."""
-
-    row: Row
-    where: str
-    source: int
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 def load_rows(
-    sources: Sequence[Source], schema: Schema, *, seed: int, strict: bool, limits: DataLimits, say: Say
+    sources: Sequence[Source],
+    schema: Schema,
+    *,
+    seed: int,
+    strict: bool,
+    limits: DataLimits,
+    say: Say,
+    data: Data | None = None,
+    held_out: bool = False,
 ) -> list[Row]:
     """The normalised rows of a list of sources (see `formats`), mixed by their weights.
+
+    Args:
+        data: the section whose remedies are applied, without `augment`; `held_out`: the sources are its `eval`.
 
     Raises:
         DataError: a damaged file, wrong columns, or more defective rows than `limits` allow.
     """
-    return [found.row for found in _load(sources, schema, seed=seed, strict=strict, limits=limits, say=say)[0]]
-
-
-def _load(
-    wanted: Sequence[Source], schema: Schema, *, seed: int, strict: bool, limits: DataLimits, say: Say
-) -> tuple[list[Found], list[Tally]]:
-    parts, tallies = [], []
-    for index, source in enumerate(wanted):
-        found, tally = _read(source, index, schema)
-        say(f"{tally.source}: {tally.rows_in:,} rows, detected {tally.format}")
-        if tally.defective:
-            share = tally.defective / tally.rows_in
-            say(f"{tally.source}: dropped {tally.defective:,} ({share:.1%}): {tally.summary()}")
-        tally.enforce(limits.dropped, strict)
-        if not found:
-            raise DataError(f"{tally.source}: no usable row: {tally.summary()}")
-        if source.rows is not None:
-            if source.rows > len(found):
-                say(f"{tally.source}: {source.rows:,} rows asked for, {len(found):,} there")
-            found = sources.take(found, source.rows, seed, "rows", index)
-        parts.append(found)
-        tallies.append(tally)
-    mixed = sources.mix(parts, [source.weight for source in wanted], seed)
-    if any(source.weight is not None for source in wanted):
-        shares = ", ".join(f"{tally.source} {len(part):,}" for tally, part in zip(tallies, mixed, strict=True))
-        say(f"mixture of {sum(map(len, mixed)):,} rows: {shares}")
-    return list(itertools.chain.from_iterable(mixed)), tallies
-
-
-def _read(source: Source, index: int, schema: Schema) -> tuple[list[Found], Tally]:
-    """The rows of one source that can be trained on, and the count of those that cannot."""
-    tally = Tally(sources.identity(source))
-    records = sources.read(source)
-    sample = list(itertools.islice(records, SAMPLE))
-    sources.require_columns(sample, source)
-    renamed = [sources.rename(record.value, source.columns) for record in sample]
-    known = formats.detect(renamed, schema, named=source.format, source=tally.source)
-    tally.format = formats.says(known, schema)
-    found: list[Found] = []
-    for record in itertools.chain(sample, records):
-        tally.rows_in += 1
-        try:
-            rows = formats.convert(sources.rename(record.value, source.columns), known, schema)
-            for row in rows:
-                check_row(row, schema)
-        except Defect as defect:
-            tally.drop(defect.reason, record.where, defect.detail)
-            continue
-        found += [Found(row, record.where, index) for row in rows]
-    return found, tally
+    how = Loading(schema, seed, strict, limits, say, data, held_out)
+    return [found.row for found in load(sources, how)[0]]
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -145,16 +98,7 @@ def prepare(
     assert data is not None, "a stage that trains"
     assert stage.seed is not None, "a resolved stage"
     settings = Settings(schema, max_length, data.on_overlong, stage.seed)
-    options: dict[str, Any] = {"seed": stage.seed, "strict": data.strict, "limits": data.limits, "say": say}
-    rows, tallies = _load(data.train, schema, **options)
-    splits: dict[str, tuple[list[Found], list[Tally]]] = {"train": (rows, tallies)}
-    if data.eval:
-        splits["eval"] = _load(data.eval, schema, **options)
-    elif data.eval_fraction is not None:
-        train, held = sources.hold_out(rows, data.eval_fraction, stage.seed)
-        copies = [Tally(tally.source, tally.format, tally.rows_in) for tally in tallies]
-        splits = {"train": (train, tallies), "eval": (held, copies)}
-        say(f"held out {len(held):,} of {len(rows):,} rows for evaluation (data.eval_fraction)")
+    splits = _splits(data, Loading(schema, stage.seed, data.strict, data.limits, say, data))
     tokenizer_digest = templates.digest(tokenizer)
     ready: dict[str, datasets.Dataset] = {}
     report: dict[str, Any] = {}
@@ -172,6 +116,25 @@ def prepare(
     return Prepared(ready["train"], ready.get("eval"), report)
 
 
+def _splits(data: Data, how: Loading) -> dict[str, tuple[list[Found], list[Account]]]:
+    """The rows of training and, where there is one, of evaluation."""
+    rows, accounts = load(data.train, how)
+    splits = {"train": (rows, accounts)}
+    if data.eval:
+        splits["eval"] = load(data.eval, replace(how, held_out=True))
+    elif data.eval_fraction is not None:
+        train, held = sources.hold_out(rows, data.eval_fraction, how.seed)
+        copies = [Account(account.source, account.format, account.rows_in) for account in accounts]
+        splits = {"train": (train, accounts), "eval": (held, copies)}
+        how.say(f"held out {len(held):,} of {len(rows):,} rows for evaluation (data.eval_fraction)")
+    if data.augment:
+        before, accounts = splits["train"]
+        after = augmented(before, data.augment, how.schema, accounts)
+        splits["train"] = (after, accounts)
+        how.say(f"data.augment: {len(before):,} rows became {len(after):,}")
+    return splits
+
+
 def _key(found: Sequence[Found], settings: Settings, tokenizer_digest: str) -> str:
     """SHA-256 of the rows and of all that decides their tokens."""
     digest = hashlib.sha256()
@@ -181,14 +144,14 @@ def _key(found: Sequence[Found], settings: Settings, tokenizer_digest: str) -> s
     return digest.hexdigest()
 
 
-def _account(stats: Stats, found: Sequence[Found], tallies: Sequence[Tally]) -> None:
+def _account(stats: Stats, found: Sequence[Found], tallies: Sequence[Account]) -> None:
     """Put the rows dropped at tokenization on the account of their sources."""
     for reason, indices in stats.dropped.items():
         for index in indices:
             tallies[found[index].source].drop(reason, found[index].where, stats.details.get(reason, ""))
 
 
-def _report(stats: Stats, found: Sequence[Found], tallies: Sequence[Tally]) -> dict[str, Any]:
+def _report(stats: Stats, found: Sequence[Found], tallies: Sequence[Account]) -> dict[str, Any]:
     lost = {index for indices in stats.dropped.values() for index in indices}
     kept = [sum(item.source == i for n, item in enumerate(found) if n not in lost) for i in range(len(tallies))]
     return {
@@ -199,6 +162,7 @@ def _report(stats: Stats, found: Sequence[Found], tallies: Sequence[Tally]) -> d
                 "rows_in": tally.rows_in,
                 "kept": count,
                 "dropped": dict(tally.dropped.most_common()),
+                "changed": dict(tally.changed.most_common()),
                 "examples": {reason: places[:EXAMPLES] for reason, places in tally.examples.items()},
             }
             for tally, count in zip(tallies, kept, strict=True)
@@ -229,7 +193,10 @@ def _tell(name: str, stats: Stats, seconds: float | None, settings: Settings, sa
     for note in stats.notes:
         say(f"{name}: {note}")
     if stats.truncated:
-        say(f"{name}: {stats.truncated:,} rows cut at {settings.max_length:,} tokens; a cut answer has no stop token")
+        how = "a cut answer has no stop token"
+        if settings.on_overlong == "truncate_left":
+            how = "the beginning of their prompts is gone"
+        say(f"{name}: {stats.truncated:,} rows cut at {settings.max_length:,} tokens; {how}")
     if stats.boundary_mismatches:
         say(f"{name}: {stats.boundary_mismatches:,} rows whose answer changes how the end of the prompt is tokenized")
 
@@ -283,8 +250,13 @@ def _build(found: Sequence[Found], settings: Settings, tokenizer: PreTrainedToke
     beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
         rows, where = [item.row for item in found], [item.where for item in found]
+        shortened = 0
+        if settings.on_overlong == "truncate_left" and settings.max_length is not None and settings.schema != "text":
+            rows, shortened = shorten(rows, settings.max_length, tokenizer)
+            settings = replace(settings, on_overlong="drop")  # what could not be shortened
         pieces, stats = tables(rows, where, settings, tokenizer)
         _write(pieces, beside / "table.arrow")
+        stats.truncated += shortened
         record = {"rows": stats.rows, "sha256": _sha256(beside / "table.arrow"), "stats": stats.as_dict()}
         with (beside / "report.json").open("w") as file:
             json.dump(record, file, sort_keys=True, indent=1)

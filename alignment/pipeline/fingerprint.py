@@ -134,7 +134,11 @@ def _data(data: Data, hash_of: HashOf) -> dict[str, Any]:
         content["eval"] = [_source(source, hash_of) for source in data.eval]
     if data.eval_fraction is not None:
         content["eval_fraction"] = data.eval_fraction
-    return {**content, "on_overlong": data.on_overlong}
+    known = ("train", "eval", "eval_fraction", "limits", "strict")
+    remedies = data.model_dump(exclude={*known, "on_overlong", "augment"}, exclude_defaults=True)
+    if data.augment:
+        remedies["augment"] = [_function(hook, hash_of) for hook in data.augment]
+    return {**content, "on_overlong": data.on_overlong, **remedies}
 
 
 def _source(source: Source, hash_of: HashOf) -> dict[str, Any]:
@@ -208,12 +212,13 @@ def _contents(files: Mapping[str, Path], hash_of: HashOf) -> str:
 
 # -- what a path means -------------------------------------------------------------------------------------------------
 
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
 
 def is_local(path: str) -> bool:
     """Whether a path of a recipe is a local one: it exists, looks like a path, or ends like a data file. Else: hub."""
-    looks_local = path.startswith(("/", ".", "~")) or path.endswith(_DATA_SUFFIXES) or glob.has_magic(path)
+    looks_local = path.startswith(("/", ".", "~")) or path.endswith((*_DATA_SUFFIXES, ".yaml", ".yml"))
+    looks_local = looks_local or glob.has_magic(path)
     return looks_local or Path(path).exists()
 
 

@@ -37,8 +37,9 @@ from alignment.pipeline.fingerprint import (
 from alignment.pipeline.locks import refuse_if_held
 from alignment.pipeline.runs import RECIPE, STAGE, new_attempt, read_manifest, verify_parent, write_manifest
 from alignment.pipeline.seals import SEALED, checkpoints
+from alignment.recipe.described import described
 from alignment.recipe.load import parents, resolve
-from alignment.recipe.schema import Recipe, Resolved, Stage, linked
+from alignment.recipe.schema import Recipe, Resolved, Section, Source, Stage, linked
 
 SCHEMA = 1  # of stage.yaml
 
@@ -270,6 +271,9 @@ def locate(stage: Resolved) -> Resolved:
 
     content = _plain(stage)
     data = content.get("data", {})
+    for rows in (data.get("train", []), data.get("eval", []), content.get("prompts", []), content.get("pairs", [])):
+        # What is hashed and read is the data set, not the file of another tool that describes it.
+        rows[:] = [_dumped(described(Source.model_validate(source))) for source in rows]
     for holder in (*data.get("train", ()), *data.get("eval", ()), *content.get("prompts", ()),
                    *content.get("pairs", ()), content.get("model", {}),
                    content.get("model", {}).get("init", {}).get("tokenizer", {})):  # fmt: skip
@@ -280,6 +284,8 @@ def locate(stage: Resolved) -> Resolved:
             content[key] = [link if linked(link) else absolute(link) for link in content[key]]
     if "baseline" in content and not linked(content["baseline"]):
         content["baseline"] = absolute(content["baseline"])
+    if "augment" in data:
+        data["augment"] = [hook(function) for function in data["augment"]]
     for reward in content.get("rewards", ()):
         if "function" in reward:
             reward["function"] = hook(reward["function"])
@@ -292,9 +298,13 @@ def locate(stage: Resolved) -> Resolved:
     return Resolved.model_validate(content)
 
 
+def _dumped(section: Section) -> dict[str, Any]:
+    return section.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
 def _plain(stage: Stage) -> dict[str, Any]:
     """A stage as plain values, defaults written out, that `Resolved.model_validate` takes back."""
-    content = stage.model_dump(mode="json", by_alias=True, exclude_none=True)
+    content = _dumped(stage)
     if "accelerate" in content.get("launch", {}):
         content["launch"].pop("processes", None)  # a default, which the schema would take for the user's
     return content

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -18,6 +18,25 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # no dot: `--set stages.x.y=1`
 Hook = Annotated[str, Field(pattern=r"^([A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*$")]
 LINK = "stage:"
+
+
+# Writing systems, by the first word of the Unicode names of their letters.
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "latin": ("LATIN",), "greek": ("GREEK",), "cyrillic": ("CYRILLIC",), "arabic": ("ARABIC",), "hebrew": ("HEBREW",),
+    "devanagari": ("DEVANAGARI",), "bengali": ("BENGALI",), "tamil": ("TAMIL",), "thai": ("THAI",),
+    "hangul": ("HANGUL",), "cjk": ("CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"),
+}  # fmt: skip
+
+
+def _pattern(pattern: str) -> str:
+    """A regular expression that compiles, and that is not found everywhere."""
+    if pattern == "":
+        raise ValueError("is empty, and would be found in every row; give a pattern")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not a regular expression of Python: {error}") from None
+    return pattern
 
 
 class Section(BaseModel):
@@ -96,8 +115,18 @@ class Model(Section):
         return self
 
 
+class Turns(Section):
+    """How a file writes the turns of a conversation, where it is not one of the usual ways."""
+
+    role: str | None = Field(default=None, description="the key that says who speaks")
+    content: str | None = Field(default=None, description="the key that says what")
+    roles: dict[str, Literal["system", "user", "assistant", "tool", "function_call"]] = Field(
+        default_factory=dict, description="the file's name of a role: ours"
+    )
+
+
 class Source(Section):
-    """One source of rows: a file, a glob, a folder, or a hub name."""
+    """One source of rows: a file, a glob, a folder, a hub name, or another tool's description of a data set."""
 
     path: str
     revision: str | None = None
@@ -109,13 +138,81 @@ class Source(Section):
         default=None, description="share of this source in the mixture, relative to the other weights"
     )
     columns: dict[str, str] = Field(default_factory=dict, description="our column name: the file's column name")
+    turns: Turns | None = Field(default=None, description="keys and names of roles of the turns, where unusual")
     format: str | None = Field(default=None, description="name of a format, where detection is not wanted")
+    pairs: Literal["best-worst", "adjacent", "all"] = Field(
+        default="best-worst", description="which pairs are made of several rated answers to a prompt"
+    )
+    score: str | None = Field(default=None, description="key that rates such answers, where it is not the usual one")
 
 
 class DataLimits(Section):
     """When data is too bad to train on."""
 
     dropped: Fraction = Field(default=0.01, description="largest share of defective rows per source")
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class Range(Section):
+    """What a number may be, both ends included."""
+
+    min: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    max: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Range:
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max, or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}: no row would be left")
+        return self
+
+
+class Filter(Section):
+    """Which rows are kept; all that is given must hold."""
+
+    length: Range | None = Field(default=None, description="characters of each answer (or of the text, or the prompt)")
+    columns: dict[str, Range | list[str | bool | int | float] | str | bool | int | float] = Field(
+        default_factory=dict, description="column of the file: its value, a list of values, or {min, max}"
+    )
+    matches: Pattern | None = Field(default=None, description="keep rows in whose turns this pattern is found")
+    excludes: Pattern | None = Field(default=None, description="drop rows in whose turns this pattern is found")
+    scripts: list[str] | None = Field(
+        default=None, min_length=1, description="writing systems (latin, cyrillic, cjk) of nine tenths of the letters"
+    )
+
+    @field_validator("scripts")
+    @classmethod
+    def _known_scripts(cls, names: list[str] | None) -> list[str] | None:
+        for name in names or ():
+            if name not in SCRIPTS:
+                raise ValueError(f"{name} is no known script; known are {', '.join(SCRIPTS)}")
+        return names
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Filter:
+        if not self.model_fields_set:
+            raise ValueError("give one of length, columns, matches, excludes, scripts")
+        return self
+
+
+class Balance(Section):
+    """The same number of rows for every value of a column."""
+
+    by: str = Field(description="a column of the file")
+    rows: PositiveInt | None = Field(
+        default=None, description="at most so many rows of each value; default: as many as the rarest value has"
+    )
+
+
+class Prune(Section):
+    """Keep a share of the rows by a number that they carry."""
+
+    by: str = Field(description="a column of the file; margin: score_chosen - score_rejected where there is none")
+    keep: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(description="share of the rows that is kept")
+    side: Literal["highest", "lowest", "middle"] = Field(default="highest", description="which of them")
 
 
 class Data(Section):
@@ -126,8 +223,25 @@ class Data(Section):
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         default=None, description="held out of `train` with the recipe's seed, where there is no `eval`"
     )
-    on_overlong: Literal["drop", "truncate", "error"] = Field(
+    on_overlong: Literal["drop", "truncate_left", "truncate_right", "error"] = Field(
         default="drop", description="what happens to rows longer than train.max_length"
+    )
+    on_system: Literal["keep", "merge", "drop", "error"] = Field(
+        default="keep", description="what happens to system turns; merge: into the user turn that follows"
+    )
+    filter: Filter | None = Field(default=None, description="which rows are kept")
+    dedupe: Literal["rows", "prompts"] | None = Field(
+        default=None, description="keep the first of equal rows, or of rows with equal prompts, over all sources"
+    )
+    prune: Prune | None = Field(default=None, description="keep a share of the rows by a number that they carry")
+    max_pairs_per_prompt: PositiveInt | None = Field(
+        default=None, description="at most so many rows with the same prompt, drawn with the seed"
+    )
+    balance: Balance | None = Field(default=None, description="the same number of rows for every value of a column")
+    augment: list[Hook] = Field(
+        default_factory=list,
+        description="functions (pkg.mod:fn, path/file.py:fn) that make of a row the list of rows to train on, in this "
+        "order",
     )
     limits: DataLimits = Field(default_factory=lambda: DataLimits())
     strict: bool = Field(default=False, description="stop at the first defective row")
@@ -136,6 +250,12 @@ class Data(Section):
     def _one_eval(self) -> Data:
         if self.eval and self.eval_fraction is not None:
             raise ValueError("give eval or eval_fraction, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> Data:
+        if self.balance is not None and any(source.weight is not None for source in self.train):
+            raise ValueError("balance and the weights of sources both decide the shares of rows; give one of the two")
         return self
 
 

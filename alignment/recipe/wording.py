@@ -60,7 +60,9 @@ def _expected(detail: ErrorDetails) -> str:
 
 
 def _meaning(place: Place) -> str:
-    """`: a row of the table`, the description of a key of the schema."""
+    """`: a row of the table`, the description of a key of the schema; an item of a list has that of the list."""
+    while place and isinstance(place[-1], int):
+        place = place[:-1]
     section = section_at(place[:-1])
     for name, field in section.model_fields.items() if section is not None else ():
         if (field.alias or name) == place[-1] and field.description:

@@ -198,8 +198,9 @@ def _prepare_start(ctx: Context, folder: Path) -> tuple[str | None, list[str]]:
         data = stage.data
         assert data is not None
         rows = load_rows(
-            data.train, "text", seed=stage.seed, strict=data.strict, limits=data.limits, say=lambda text: None
-        )
+            data.train, "text", seed=stage.seed, strict=data.strict, limits=data.limits, say=lambda text: None,
+            data=data,
+        )  # fmt: skip
         tokenizer = train_tokenizer((row["text"] for row in rows), model.init.tokenizer.train.vocab_size, special)
     else:
         source = model.init.tokenizer.path if model.init is not None else start

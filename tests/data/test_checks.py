@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignment.data import checks, dialect, formats, templates, tokens
+from alignment.data import checks
 from alignment.data.checks import Defect, Tally, check_row
 from alignment.errors import DataError, ExitCode
 
@@ -77,7 +78,7 @@ def test_defects_of_other_schemas(schema: str, row: dict[str, Any], reason: str)
 
 
 def test_every_reason_is_raised_somewhere() -> None:
-    source = "".join(inspect.getsource(module) for module in (checks, formats, dialect, templates, tokens))
+    source = "".join(path.read_text() for path in Path(checks.__file__).parent.glob("*.py"))
     table = inspect.getsource(checks).partition("REASONS")[2].partition("}")[0]
     assert [reason for reason in checks.REASONS if f'"{reason}"' not in source.replace(table, "")] == []
 

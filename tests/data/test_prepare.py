@@ -77,7 +77,8 @@ def test_messages(run: Any, stage: MakeStage, lines: Lines, tokenizer: Tokenizer
     assert report["length"] == {"p50": lengths[5], "p95": lengths[11], "max": lengths[11]}
     (source,) = report["sources"]
     assert (source["format"], source["rows_in"], source["kept"], source["dropped"]) == ("messages", 12, 12, {})
-    assert log[0].endswith("rows.jsonl: 12 rows, detected messages")
+    recognised = "messages: messages (list of role, content) in all of the first 12 rows"
+    assert log[0].endswith(f"rows.jsonl: 12 rows, detected {recognised}")
 
 
 def test_preference(run: Any, stage: MakeStage, lines: Lines, tokenizer: Tokenizer) -> None:
@@ -221,7 +222,7 @@ def test_on_overlong(run: Any, stage: MakeStage, lines: Lines, tokenizer: Tokeni
     path = lines(rows)
     done = run(stage(path), "preference")
     assert done.report["train"]["dropped"] == {"overlong": 2}
-    cut = run(stage(path, on_overlong="truncate"), "preference")
+    cut = run(stage(path, on_overlong="truncate_right"), "preference")
     report = cut.report["train"]
     assert (report["truncated"], report["dropped"], report["rows"]) == (1, {"emptied-by-truncation": 1}, 2)
     first = cut.train[0]
@@ -235,13 +236,13 @@ def test_on_overlong(run: Any, stage: MakeStage, lines: Lines, tokenizer: Tokeni
 
 def test_truncated_messages_and_equal_remains(run: Any, stage: MakeStage, lines: Lines) -> None:
     rows = [chat("Q?", "alpha " * 60), chat("Q " * 100, "A")]
-    done = run(stage(lines(rows), on_overlong="truncate"))
+    done = run(stage(lines(rows), on_overlong="truncate_right"))
     assert done.report["train"]["dropped"] == {"emptied-by-truncation": 1}
     assert len(done.train[0]["input_ids"]) == len(done.train[0]["labels"]) == 64
     same = [*PAIRS, pair("Q?", "alpha " * 60 + "good", "alpha " * 60 + "bad")]
-    done = run(stage(lines(same), on_overlong="truncate"), "preference")
+    done = run(stage(lines(same), on_overlong="truncate_right"), "preference")
     assert done.report["train"]["dropped"] == {"equal-after-truncation": 1}
-    prompts = run(stage(lines([{"prompt": "Q " * 100}, {"prompt": "Q"}]), on_overlong="truncate"), "prompts")
+    prompts = run(stage(lines([{"prompt": "Q " * 100}, {"prompt": "Q"}]), on_overlong="truncate_right"), "prompts")
     assert prompts.report["train"]["dropped"] == {"overlong": 1}  # a prompt is never cut: the model would not answer
 
 
@@ -322,7 +323,7 @@ def test_the_key_follows_what_decides_the_tokens(run: Any, stage: MakeStage, lin
     assert run(stage(lines(CLEAN, "copy.jsonl"))).report["train"]["key"] == base  # content, not names
     others = [
         run(stage(path), max_length=65),
-        run(stage(path, on_overlong="truncate")),
+        run(stage(path, on_overlong="truncate_right")),
         run(stage(lines([*CLEAN[:-1], chat("Question 11?", "Answer 12.")], "other.jsonl"))),
     ]
     assert len({base, *(done.report["train"]["key"] for done in others)}) == 4

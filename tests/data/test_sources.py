@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from alignment.data import sources
+from alignment.data import files, sources
 from alignment.errors import DataError
 from alignment.recipe.schema import Source
 
@@ -29,7 +29,11 @@ def read(path: Path | str, **keys: Any) -> list[sources.Record]:
 def put(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    if path.suffix == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(data)
+    else:
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
@@ -46,6 +50,9 @@ def parquet(path: Path) -> Path:
         ("a.json", JSONL),
         ("a.json", json.dumps(ROWS, indent=2)),
         ("a.json.gz", "\ufeff " + json.dumps(ROWS)),
+        ("a.jsonl.zst", JSONL),
+        ("a.json.zst", json.dumps(ROWS)),
+        ("a.csv.gz", "text\none\ntwö\nthree\n"),
         ("a.csv", "text\none\ntwö\nthree\n"),
         ("a.tsv", "text\r\none\r\n\r\ntwö\r\nthree\r\n"),
         ("a.jsonl", "\ufeff" + JSONL.replace("\n", "\r\n\r\n")),
@@ -60,6 +67,45 @@ def test_parquet(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet")
     assert [record.value for record in read(path)] == ROWS
     assert read(path)[2].where == f"{path}[2]"
+
+
+def test_a_csv_cell_may_hold_messages(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": 'Say "hi".'}]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["messages", "note"], [json.dumps(turns), '[{"a": 1}]'], ['[{"role": "user"', "x"]])
+    assert [record.value for record in read(path)] == [
+        {"messages": turns, "note": '[{"a": 1}]'},
+        {"messages": '[{"role": "user"', "note": "x"},
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_an_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(files, "CHUNK", size)
+    rows = [{"text": 'ö\n😀 \\ "', "n": -1.5e3, "list": [{}, [None, True]]}, {}, {"ß": ""}]
+    for text in (json.dumps(rows), json.dumps(rows, indent=3, ensure_ascii=False), "\ufeff\r\n[ ]\n"):
+        path = put(tmp_path / "a.json", text)
+        assert [record.value for record in files.read_file(path)] == json.loads(text.removeprefix("\ufeff"))
+    assert read(put(tmp_path / "a.json", json.dumps(rows)))[2].where == f"{tmp_path}/a.json[2]"
+    damaged = [
+        ('[{"a": 1},\n {"a": 1}\n {"a": 2}]', "a.json:3: invalid JSON: Expecting ',' delimiter at column 2"),
+        ('[{"a": 1},\n\n {"b" 1}]', "a.json:3: invalid JSON: Expecting ':' delimiter at column 7"),
+        ('[{"a": 1},\n', "a.json:2: invalid JSON: Expecting value at column 1"),
+        ('[{"a": 1}\n', "a.json:2: invalid JSON: Expecting ',' delimiter at column 1"),
+        ('[{"a": 1}] x', "a.json:1: invalid JSON: Extra data at column 12"),
+        ('[{"a": 1}, {"b": 1, "b": 2}]', "a.json:1: invalid JSON: duplicate key 'b'"),
+        ("[" * 100_000, "a.json:1: invalid JSON: nested too deeply"),
+    ]
+    for text, message in damaged:
+        with pytest.raises(DataError) as error:
+            read(put(tmp_path / "a.json", text))
+        assert str(error.value) == f"{tmp_path}/{message}"
+    for data, place in ((b'[{"a": 1},\n {"a": "\xff"}]', "2: invalid UTF-8 at byte 9"),
+                        (b'[{"\xc3\xb6": "\xc3', "1: invalid UTF-8 at byte 10")):  # fmt: skip
+        with pytest.raises(DataError, match=f"a.json:{place}"):
+            read(put(tmp_path / "a.json", data))
 
 
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path) -> None:
@@ -124,13 +170,13 @@ def test_damaged_gzip_is_named(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE_LIMIT", 2**20)
+    monkeypatch.setattr(files, "LINE_LIMIT", 2**20)
     path = put(tmp_path / "a.jsonl", '{"a": 1}\n' + "x" * 2**21)
     with pytest.raises(DataError, match=r"a.jsonl:2: line of more than 1 MiB"):
         read(path)
-    monkeypatch.setattr(sources, "FILE_LIMIT", 100)
-    with pytest.raises(DataError, match=r"b.json: JSON array of more than"):
-        read(put(tmp_path / "b.json", json.dumps(ROWS * 9)))
+    monkeypatch.setattr(files, "LINE_LIMIT", 100)
+    with pytest.raises(DataError, match=r"b.json:1: an object of more than 0 MiB, or invalid JSON: Unterminated"):
+        read(put(tmp_path / "b.json", json.dumps([{"a": "x" * 2**22}])))
     assert csv.field_size_limit() >= 0
 
 
@@ -157,6 +203,29 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     assert [record.value["t"] for record in read(tmp_path / "s", split="test")] == [3]
     with pytest.raises(DataError, match=r"no files of split 'validation'; it has test, train"):
         read(tmp_path / "s", split="validation")
+
+
+def test_what_another_tool_keeps_beside_its_data_is_no_data(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl", '{"t": 1}\n')
+    put(tmp_path / "dataset_info.json", json.dumps({"a": {"file_name": "a.jsonl"}}))
+    assert [record.value for record in read(tmp_path)] == [{"t": 1}]
+    assert [record.value for record in read(tmp_path / "dataset_info.json")] == [{"t": 1}]
+
+
+def test_turns_are_told_in_our_words(tmp_path: Path) -> None:
+    turns = [{"speaker": "Kunde", "said": "Q", "id": 1}, {"speaker": "gpt", "said": "A"}]
+    path = put(tmp_path / "a.jsonl", json.dumps({"talk": turns, "chosen": {"speaker": "gpt", "said": "B"}}) + "\n")
+    names = {"role": "speaker", "content": "said", "roles": {"Kunde": "user"}}
+    source = Source.model_validate({"path": str(path), "columns": {"messages": "talk"}, "turns": names})
+    (record,) = sources.read(source)
+    sources.require_columns([record], source)
+    assert sources.adapt(record.value, source) == {
+        "messages": [{"role": "user", "content": "Q", "id": 1}, {"role": "gpt", "content": "A"}],
+        "chosen": {"role": "gpt", "content": "B"},
+    }
+    wrong = Source.model_validate({**source.model_dump(), "turns": {"content": "text"}})
+    with pytest.raises(DataError, match=r"a.jsonl: turns: content: no turn has 'text'; they have id, said, speaker"):
+        sources.require_columns([record], wrong)
 
 
 def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

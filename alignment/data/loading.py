@@ -1,0 +1,130 @@
+"""The rows of a list of sources: read, converted, checked, put right as the recipe says, and mixed.
+
+What is left out is counted in the `Account` of its source: defects, which `data.limits` bound, and what remedies took.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from alignment.data import remedies, sources
+from alignment.data.checks import Defect, check_row
+from alignment.data.opened import Opened, open_source, rows_of
+from alignment.data.remedies import Account, Found
+from alignment.errors import DataError
+from alignment.recipe.algorithms import Schema
+from alignment.recipe.schema import Data, DataLimits, Source
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the rows of sources are loaded.
+
+    Attributes:
+        data: the section whose remedies are applied; None for none.
+        held_out: the sources are `data.eval`: of the remedies only `on_system` is applied.
+    """
+
+    schema: Schema
+    seed: int
+    strict: bool
+    limits: DataLimits
+    say: Say
+    data: Data | None = None
+    held_out: bool = False
+
+    @property
+    def remedies(self) -> Data | None:
+        """The section whose remedies take and change whole rows."""
+        return None if self.held_out else self.data
+
+
+def load(wanted: Sequence[Source], how: Loading) -> tuple[list[Found], list[Account]]:
+    """The rows of the sources in their order, and what became of the others.
+
+    Raises:
+        DataError: a damaged file, wrong columns, or more defective rows than `limits` allow.
+    """
+    parts, accounts, counts = [], [], []
+    wish = how.remedies.filter if how.remedies is not None else None
+    for index, source in enumerate(wanted):
+        opened = open_source(source, how.schema, wanted=partial(remedies.column_passes, wanted=wish))
+        found, account = _read(opened, index, how)
+        how.say(f"{account.source}: {account.rows_in:,} rows, detected {account.format}: {opened.why}")
+        if account.defective:
+            share = account.defective / account.rows_in
+            how.say(f"{account.source}: dropped {account.defective:,} ({share:.1%}): {account.summary()}")
+        account.enforce(how.limits.dropped, how.strict)
+        if not found:
+            raise DataError(f"{account.source}: no usable row: {account.summary()}")
+        parts.append(found)
+        accounts.append(account)
+        counts.append(opened.source.rows)
+    if how.remedies is not None:
+        parts = remedies.thin(parts, accounts, how.remedies, how.seed)
+    for index, count in enumerate(counts):
+        if count is not None:
+            if count > len(parts[index]):
+                how.say(f"{accounts[index].source}: {count:,} rows asked for, {len(parts[index]):,} there")
+            parts[index] = sources.take(parts[index], count, how.seed, "rows", index)
+    rows = _mixed(parts, wanted, accounts, how)
+    if how.remedies is not None and how.remedies.balance is not None:
+        rows = remedies.balanced(rows, how.remedies.balance, accounts, how.seed)
+    for account in accounts:
+        _tell_remedies(account, how.say)
+    if not rows:
+        raise DataError(f"no row is left: {'; '.join(account.summary() for account in accounts)}")
+    return rows, accounts
+
+
+def _mixed(
+    parts: list[list[Found]], wanted: Sequence[Source], accounts: Sequence[Account], how: Loading
+) -> list[Found]:
+    mixed = sources.mix(parts, [source.weight for source in wanted], how.seed)
+    if any(source.weight is not None for source in wanted):
+        shares = ", ".join(f"{account.source} {len(part):,}" for account, part in zip(accounts, mixed, strict=True))
+        how.say(f"mixture of {sum(map(len, mixed)):,} rows: {shares}")
+    return list(itertools.chain.from_iterable(mixed))
+
+
+def _tell_remedies(account: Account, say: Say) -> None:
+    if account.taken:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in account.taken.items())
+        say(f"{account.source}: left out {sum(account.taken.values()):,} as the recipe says: {counts}")
+    if account.changed:
+        say(f"{account.source}: " + ", ".join(f"{what} {count:,}" for what, count in account.changed.most_common()))
+
+
+def _read(opened: Opened, index: int, how: Loading) -> tuple[list[Found], Account]:
+    """The rows of one source that can be trained on, and the count of those that cannot."""
+    account = Account(opened.name, opened.says)
+    wish = how.remedies.filter if how.remedies is not None else None
+    names = remedies.looked_at(how.remedies) if how.remedies is not None else set()
+    on_system = how.data.on_system if how.data is not None else "keep"
+    found: list[Found] = []
+    for record in opened.records:
+        account.rows_in += 1
+        if not remedies.column_passes(record.value, wish):
+            account.drop("filtered-column", record.where)
+            continue
+        try:
+            rows = rows_of(record, opened)
+            rows = [remedies.settle_system(row, on_system, record.where, account) for row in rows]
+            for row in rows:
+                check_row(row, opened.schema)
+        except Defect as defect:
+            account.drop(defect.reason, record.where, defect.detail)
+            continue
+        for row in rows:
+            reason = remedies.filtered(row, wish) if wish is not None else None
+            if reason is not None:
+                account.drop(reason, record.where)
+                continue
+            columns = {name: record.value.get(name, row.get(name)) for name in names}
+            found.append(Found(row, record.where, index, columns))
+    return found, account
