@@ -1,4 +1,4 @@
-"""The command line: `alignment check | run | data | status | runs | report | data | chat | export | env`.
+"""The command line: `alignment check | run | data | status | runs | report | chat | export | env`.
 
 Parsing, printing and exit codes only. Whatever imports torch is imported inside the command that needs it, so that
 `--help`, `run --dry-run`, `check --quick`, `status`, `runs`, `report` and `env` answer at once on a login node.
