@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.pipeline.launch import gpus
+from alignment.pipeline.launch import cpu_has_amx, gpus
 
 PACKAGES = (
     "alignment-toolkit", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "tokenizers",
@@ -59,7 +59,8 @@ def environment(*, devices: bool = False, env: Mapping[str, str] = os.environ) -
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The same for a person."""
     cpu = found["cpu"]
-    fast = f"fast ({cpu['bfloat16']})" if cpu["bfloat16"] else "slow: precision.compute auto means float32 here"
+    some = f"faster for large products only ({cpu['bfloat16']})" if cpu["bfloat16"] else "slow"
+    fast = "fast (amx_bf16)" if cpu_has_amx() else f"{some}: precision.compute auto means float32 here"
     text = [f"python      {found['python']} on {found['platform']}"]
     text += [f"{name:<18}{version or 'not installed'}" for name, version in found["packages"].items()]
     text += [f"cpu         {cpu['cores']} cores, {cpu['memory_gib']} GiB; {cpu['model']}; bfloat16 is {fast}"]
@@ -84,7 +85,7 @@ def _present(what: str, program: bool) -> bool:
 
 
 def _cpu() -> dict[str, Any]:
-    """Cores that we may use, memory, and which instructions make bfloat16 fast, if any."""
+    """Cores that we may use, memory, and which instructions there are for bfloat16, if any."""
     info = _read("/proc/cpuinfo")
     flags = set((re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE) or [" ", " "])[1].split())
     model = re.search(r"^model name\s*:\s*(.*)$", info, re.MULTILINE)
