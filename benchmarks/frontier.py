@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -103,13 +104,13 @@ def read(folder: Path, stage: str, name: str) -> dict[str, Any]:
 
 
 def draw(points: list[dict[str, Any]]) -> str:
-    """The figure as SVG: KL to the right, gold upwards, the interval of gold as a bar."""
+    """The figure as SVG: KL to the right (as its square root), gold upwards, the interval of gold as a bar."""
     wide, high, left, top = 640, 400, 60, 20
     most = max(p["kl"] for p in points) * 1.15 or 1.0
     low, top_gold = min(p["gold_low"] for p in points), max(p["gold_high"] for p in points)
 
     def x(kl: float) -> float:
-        return left + kl / most * (wide - left - 20)
+        return left + math.sqrt(max(kl, 0.0) / most) * (wide - left - 20)
 
     def y(gold: float) -> float:
         return top + (top_gold - gold) / (top_gold - low) * (high - top - 50)
@@ -123,15 +124,20 @@ def draw(points: list[dict[str, Any]]) -> str:
         f'<text x="16" y="{high / 2}" transform="rotate(-90 16 {high / 2})" text-anchor="middle">gold reward</text>',
     ]
     for step in range(6):
-        kl, gold = most * step / 5, low + (top_gold - low) * step / 5
+        kl, gold = most * (step / 5) ** 2, low + (top_gold - low) * step / 5
         parts.append(f'<text x="{x(kl):.0f}" y="{high - 34}" text-anchor="middle">{kl:.1f}</text>')
         parts.append(f'<text x="{left - 6}" y="{y(gold) + 4:.0f}" text-anchor="end">{gold:.2f}</text>')
-    for p in points:
+    taken: list[tuple[float, float]] = []  # where labels are
+    for p in sorted(points, key=lambda p: -p["gold"]):
+        at, height = x(p["kl"]) + 7, y(p["gold"]) + 4
+        while any(abs(at - other) < 100 and abs(height - line) < 12 for other, line in taken):
+            height += 2
+        taken.append((at, height))
         colour = COLOURS[p["name"].partition("-")[0]]
         parts.append(
             f'<path d="M{x(p["kl"]):.1f} {y(p["gold_low"]):.1f}V{y(p["gold_high"]):.1f}" stroke="{colour}"/>'
             f'<circle cx="{x(p["kl"]):.1f}" cy="{y(p["gold"]):.1f}" r="4" fill="{colour}"/>'
-            f'<text x="{x(p["kl"]) + 7:.1f}" y="{y(p["gold"]) + 4:.1f}" fill="{colour}">{p["name"]}</text>'
+            f'<text x="{at:.1f}" y="{height:.1f}" fill="{colour}">{p["name"]}</text>'
         )
     return "\n".join([*parts, "</svg>", ""])
 
