@@ -182,12 +182,14 @@ def _prove_template(recipe: Recipe, name: str, stage: Stage, rows: list[dict[str
     if folder is None:
         found.unchecked.append(f"{place}: the tokenizer is not on this machine yet (made or downloaded by the run)")
         return
+    from alignment.data import proof
     from alignment.models.tokenizer import fit, load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)
         fit(tokenizer, stage.chat_template, conversational=True)
         texts = [_trained_text(tokenizer, row, schema) for row in rows[:PROOF_ROWS]]
+        proof.prove(tokenizer, rows[:PROOF_ROWS], schema).enforce("proof")
     except UserError as error:
         found.problem(place, error)
         return

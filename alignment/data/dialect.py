@@ -88,7 +88,7 @@ class Dialect:
 
     # --- rendering ---
 
-    def _messages(self, messages: Sequence[Message]) -> list[Message]:
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
         """Messages as the template takes them: where it does not know `tool_calls`, a call is written as its JSON."""
         if "tool_calls" in self.jinja or not any(message.get("tool_calls") for message in messages):
             return list(messages)
@@ -120,7 +120,7 @@ class Dialect:
 
     def text(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         """A conversation as text; with `generation_prompt`, the text after which the model answers."""
-        return self._render(self._messages(messages), tools, generation_prompt)[0]
+        return self._render(self.messages(messages), tools, generation_prompt)[0]
 
     def render(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[Span]]:
         """A whole conversation as text, up to its last answer, and the character spans of the assistant's turns.
@@ -131,7 +131,7 @@ class Dialect:
         Raises:
             Defect: the template fails on this row, or changes an answer beyond recognition.
         """
-        messages = self._messages(messages)
+        messages = self.messages(messages)
         text, spans = self._render(messages, tools, False, track=self._tracks)
         if self._tracks:
             spans = [(start, self._through_stop(text, end)) for start, end in spans]

@@ -6,7 +6,7 @@ What is left out is counted in the `Account` of its source: defects, which `data
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,10 +51,10 @@ def load(wanted: Sequence[Source], how: Loading) -> tuple[list[Found], list[Acco
         DataError: a damaged file, wrong columns, or more defective rows than `limits` allow.
     """
     parts, accounts, counts = [], [], []
-    wish = how.remedies.filter if how.remedies is not None else None
     for index, source in enumerate(wanted):
-        opened = open_source(source, how.schema, wanted=partial(remedies.column_passes, wanted=wish))
-        found, account = _read(opened, index, how)
+        opened = opened_for(source, how)
+        account = Account(opened.name, opened.says)
+        found = list(usable(opened, index, how, account))
         how.say(f"{account.source}: {account.rows_in:,} rows, detected {account.format}: {opened.why}")
         if account.defective:
             share = account.defective / account.rows_in
@@ -100,13 +100,17 @@ def _tell_remedies(account: Account, say: Say) -> None:
         say(f"{account.source}: " + ", ".join(f"{what} {count:,}" for what, count in account.changed.most_common()))
 
 
-def _read(opened: Opened, index: int, how: Loading) -> tuple[list[Found], Account]:
-    """The rows of one source that can be trained on, and the count of those that cannot."""
-    account = Account(opened.name, opened.says)
+def opened_for(source: Source, how: Loading) -> Opened:
+    """A source opened, its format recognised by the records that a filter of columns lets through."""
+    wish = how.remedies.filter if how.remedies is not None else None
+    return open_source(source, how.schema, wanted=partial(remedies.column_passes, wanted=wish))
+
+
+def usable(opened: Opened, index: int, how: Loading, account: Account) -> Iterator[Found]:
+    """The rows of one source that can be trained on, as they are read; the others are counted in its account."""
     wish = how.remedies.filter if how.remedies is not None else None
     names = remedies.looked_at(how.remedies) if how.remedies is not None else set()
     on_system = how.data.on_system if how.data is not None else "keep"
-    found: list[Found] = []
     for record in opened.records:
         account.rows_in += 1
         if not remedies.column_passes(record.value, wish):
@@ -126,5 +130,4 @@ def _read(opened: Opened, index: int, how: Loading) -> tuple[list[Found], Accoun
                 account.drop(reason, record.where)
                 continue
             columns = {name: record.value.get(name, row.get(name)) for name in names}
-            found.append(Found(row, record.where, index, columns))
-    return found, account
+            yield Found(row, record.where, index, columns)

@@ -165,9 +165,10 @@ def _encode_answers(
     ]
 
 
-def _encode(
+def encode(
     rows: Sequence[Row], schema: str, dialect: Dialect, tokenizer: PreTrainedTokenizerBase
 ) -> list[Item | Defect]:
+    """The whole tokens of rows of any schema but `text`, before `fit`; a defect in place of a row that has none."""
     if schema == "messages":
         return _encode_messages(rows, dialect, tokenizer)
     answers = {"preference": ("chosen", "rejected"), "unpaired": ("completion",), "prompts": ()}[schema]
@@ -245,7 +246,7 @@ def _rows(
     for first in range(0, len(rows), BATCH):
         kept: dict[int, Item] = {}
         batch = rows[first : first + BATCH]
-        for index, item in enumerate(_encode(batch, settings.schema, dialect, tokenizer), first):
+        for index, item in enumerate(encode(batch, settings.schema, dialect, tokenizer), first):
             try:
                 if isinstance(item, Defect):
                     raise item

@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from alignment.data import templates
+from alignment.data import proof, templates
 from alignment.data.prepare import Prepared, load_rows, prepare
 from alignment.errors import ExitCode, Preempted, StorageError, UserError
 from alignment.models.adapters import lora_config, merge_to_folder
@@ -173,6 +173,7 @@ def _prepare(ctx: Context) -> Context:
     if is_main():
         start, added = _prepare_start(ctx, folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
+        _prove(ctx, tokenizer)
         data = _rows(ctx, tokenizer)
         handoff.ready(spec, {"start": start, "added_tokens": added})
     else:
@@ -215,6 +216,16 @@ def _prepare_start(ctx: Context, folder: Path) -> tuple[str | None, list[str]]:
         merge_to_folder(Path(start), base)
         start = str(base)
     return start, added
+
+
+def _prove(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prove on the first rows of every source that the template trains the assistant's text, before anything else."""
+    data, schema = ctx.spec.config.data, ctx.row.schema
+    if data is not None and schema in proof.SCHEMAS and (rows := proof.head(data, schema)):
+        found = proof.prove(tokenizer, rows, schema)
+        found.enforce("chat_template")
+        if found.rows:  # where the template takes none, the rows are dropped with the reason, and counted
+            ctx.say(f"  template   proved on {found.rows} rows")
 
 
 def _rows(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> Prepared:
