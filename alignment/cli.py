@@ -256,9 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_check(commands)
     _add_run(commands)
+    datacli.add(commands)
     _add_inspection(commands)
     _add_serving(commands)
-    datacli.add(commands)
     return parser
 
 

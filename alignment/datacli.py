@@ -1,4 +1,4 @@
-"""The command line's group `alignment data`: convert.
+"""The command line's group `alignment data`: check, show, prepare, convert.
 
 Imported by `cli` when it makes its parser; what imports torch is imported inside the commands.
 """
@@ -7,10 +7,57 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from alignment import cli
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from alignment import inspecting
+
+    reports = []
+    found = inspecting.check(
+        arguments.paths, overrides=arguments.set, stages=arguments.stage, strict=arguments.strict,
+        against=arguments.against, tokenizer=arguments.tokenizer, template=arguments.chat_template,
+        runs=arguments.runs, say=cli._silent,
+    )  # fmt: skip
+    for report in found:
+        reports.append(report)
+        if not arguments.json:
+            from alignment.data import page
+
+            print("\n".join([*page.lines(report), ""]), flush=True)
+    total = inspecting.total(reports)
+    passed = [f"{report['stage']}: {check}" for report in reports for check in report["limits_passed"]]
+    if arguments.json:
+        print(json.dumps(total))
+    else:
+        kept = f"{total['rows']['kept']:,} of {total['rows']['in']:,} rows kept"
+        print(f"{kept}, {cli._count(len(total['findings']), 'finding')}, {cli._count(len(passed), 'limit')} passed")
+    return int(total["code"])
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from alignment.inspecting import show
+
+    color = sys.stdout.isatty() and not arguments.no_color
+    print(show(
+        arguments.recipe, overrides=arguments.set, stage=arguments.stage, row=arguments.row, worst=arguments.worst,
+        ids=arguments.ids, color=color,
+    ))  # fmt: skip
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from alignment.inspecting import prepare
+
+    names = prepare(
+        arguments.recipe, overrides=arguments.set, stages=arguments.stage, runs=arguments.runs, say=cli._say
+    )  # fmt: skip
+    print(f"{arguments.recipe}: {cli._count(len(names), 'stage')} ready in {arguments.runs / '.cache'}")
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -36,10 +83,67 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "data", help=summary, epilog=cli.EXIT_CODES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{summary}\n\n  alignment data convert pairs.json.gz pairs.jsonl",
+        description=f"{summary}\n\n  alignment data check recipes/quickstart.yaml\n"
+        "  alignment data show recipes/quickstart.yaml --stage dpo --row 17",
     )  # fmt: skip
     group = parser.add_subparsers(metavar="COMMAND", required=True, help="what to do with them")
+    _add_check(group)
+    _add_show(group)
+    _add_prepare(group)
     _add_convert(group)
+
+
+def _add_check(group: Any) -> None:
+    parser = cli._command(
+        group, "check", _check, "report what is wrong with the rows of a recipe, or of files",
+        "Rows dropped and why; duplicates; held-out rows and evaluation sets that are trained on; credentials\n"
+        "and personal data (counted, never printed); tokens, lengths, padding; what a preference model could\n"
+        "learn from pairs other than what is better; and the proof that the chat template trains the\n"
+        "assistant's text. Exits with 1 when a limit of the recipe (data.limits) is passed.\n\n"
+        "  alignment data check recipes/quickstart.yaml --stage dpo\n"
+        "  alignment data check my/pairs.jsonl --against eval/gsm8k.jsonl",
+    )  # fmt: skip
+    parser.add_argument("paths", nargs="+", metavar="RECIPE|FILES", help="a recipe (.yaml), or files of rows")
+    _add_options(parser)
+    parser.add_argument("--strict", action="store_true", help="exit with 1 on any finding, whatever the limits")
+    parser.add_argument("--against", action="append", default=[], metavar="FILE",
+                        help="an evaluation set that must not be trained on (may be repeated); those of the\n"
+                        "recipe's evaluate stages are looked for in any case")  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="with files: count tokens with this tokenizer")
+    parser.add_argument("--chat-template", metavar="NAME", help="with files: a named template or a .jinja file")
+    cli._add_runs(parser)
+    cli._add_json(parser)
+
+
+def _add_show(group: Any) -> None:
+    parser = cli._command(
+        group, "show", _show, "show one row as the model sees it",
+        "What is trained, what is not, what is cut; special tokens and line ends visible; of pairs both\n"
+        "answers side by side, with what differs marked.\n\n"
+        "  alignment data show recipes/quickstart.yaml --stage dpo --row 17\n"
+        "  alignment data show my.yaml --stage sft --worst truncation --ids",
+    )  # fmt: skip
+    cli._add_recipe(parser)
+    parser.add_argument("--stage", required=True, metavar="NAME", help="the stage whose rows are shown")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--row", metavar="N", default="0",
+                       help="the number of a row, from 0, or where it stands: pairs.jsonl:12 (default: 0)")  # fmt: skip
+    which.add_argument("--worst", choices=("truncation", "length"),
+                       help="the row that loses most tokens, or the longest")  # fmt: skip
+    parser.add_argument("--ids", action="store_true", help="also print the token ids")
+    parser.add_argument("--no-color", action="store_true", help="no colours on a terminal")
+
+
+def _add_prepare(group: Any) -> None:
+    parser = cli._command(
+        group, "prepare", _prepare, "tokenize the rows of a recipe into the cache that training reads",
+        "A run that comes after finds its tables there.\n\n  alignment data prepare recipes/quickstart.yaml",
+    )  # fmt: skip
+    cli._add_recipe(parser)
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)"
+    )
+    cli._add_runs(parser)
 
 
 def _add_convert(group: Any) -> None:
@@ -69,3 +173,11 @@ def _add_convert(group: Any) -> None:
     parser.add_argument("--score", metavar="KEY", help="what rates such answers, where it is not the usual key")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     cli._add_json(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one key of the recipe, by its full path (may be repeated)")  # fmt: skip

@@ -30,7 +30,7 @@ from alignment.data import sources, templates
 from alignment.data.checks import EXAMPLES
 from alignment.data.loading import Loading, load
 from alignment.data.remedies import Account, Found, augmented
-from alignment.data.shorten import shorten
+from alignment.data.shorten import shortened
 from alignment.data.tokens import Settings, Stats, tables
 from alignment.errors import DataError, StorageError
 from alignment.recipe.algorithms import Schema
@@ -42,6 +42,7 @@ STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACC
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
+Splits = dict[str, tuple[list[Found], list[Account]]]
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,29 @@ def prepare(
     data = stage.data
     assert data is not None, "a stage that trains"
     assert stage.seed is not None, "a resolved stage"
+    splits = load_splits(data, Loading(schema, stage.seed, data.strict, data.limits, say, data))
+    return tabled(splits, stage, schema, tokenizer, max_length=max_length, cache=cache, say=say)
+
+
+def tabled(
+    splits: Splits,
+    stage: Stage,
+    schema: Schema,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    cache: Path,
+    say: Say,
+) -> Prepared:
+    """The token tables of rows that are loaded; what is dropped here goes on the same accounts.
+
+    Raises:
+        DataError, StorageError: as `prepare`.
+    """
+    data = stage.data
+    assert data is not None, "a stage that trains"
+    assert stage.seed is not None, "a resolved stage"
     settings = Settings(schema, max_length, data.on_overlong, stage.seed)
-    splits = _splits(data, Loading(schema, stage.seed, data.strict, data.limits, say, data))
     tokenizer_digest = templates.digest(tokenizer)
     ready: dict[str, datasets.Dataset] = {}
     report: dict[str, Any] = {}
@@ -116,8 +138,12 @@ def prepare(
     return Prepared(ready["train"], ready.get("eval"), report)
 
 
-def _splits(data: Data, how: Loading) -> dict[str, tuple[list[Found], list[Account]]]:
-    """The rows of training and, where there is one, of evaluation."""
+def load_splits(data: Data, how: Loading) -> Splits:
+    """The rows of training (`train`) and, where there are such, of evaluation (`eval`), with all remedies applied.
+
+    Raises:
+        DataError: as `load_rows`, or a function of `augment` that fails.
+    """
     rows, accounts = load(data.train, how)
     splits = {"train": (rows, accounts)}
     if data.eval:
@@ -250,13 +276,10 @@ def _build(found: Sequence[Found], settings: Settings, tokenizer: PreTrainedToke
     beside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
         rows, where = [item.row for item in found], [item.where for item in found]
-        shortened = 0
-        if settings.on_overlong == "truncate_left" and settings.max_length is not None and settings.schema != "text":
-            rows, shortened = shorten(rows, settings.max_length, tokenizer)
-            settings = replace(settings, on_overlong="drop")  # what could not be shortened
-        pieces, stats = tables(rows, where, settings, tokenizer)
+        short, count, settings = shortened(rows, settings, tokenizer)
+        pieces, stats = tables(short, where, settings, tokenizer)
         _write(pieces, beside / "table.arrow")
-        stats.truncated += shortened
+        stats.truncated += count
         record = {"rows": stats.rows, "sha256": _sha256(beside / "table.arrow"), "stats": stats.as_dict()}
         with (beside / "report.json").open("w") as file:
             json.dump(record, file, sort_keys=True, indent=1)

@@ -9,6 +9,7 @@ that are compared are never shortened: a row whose answers alone are too long is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,11 +17,25 @@ from transformers import PreTrainedTokenizerBase
 from alignment.data.checks import Defect, Message
 from alignment.data.dialect import Dialect
 from alignment.data.templates import tokenize
+from alignment.data.tokens import Settings
 
 Row = dict[str, Any]
 
 ANSWERS = ("chosen", "rejected", "completion")
 ROUNDS = 8  # how often the cut of a question is corrected: tokens at a new edge may differ
+
+
+def shortened(
+    rows: Sequence[Row], settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sequence[Row], int, Settings]:
+    """Rows as they go to tokenization, how many were shortened, and the settings for what could not be shortened.
+
+    Without `truncate_left`, and of documents, nothing is shortened.
+    """
+    if settings.on_overlong != "truncate_left" or settings.max_length is None or settings.schema == "text":
+        return rows, 0, settings
+    made, count = shorten(rows, settings.max_length, tokenizer)
+    return made, count, replace(settings, on_overlong="drop")
 
 
 def shorten(rows: Sequence[Row], limit: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], int]:

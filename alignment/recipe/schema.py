@@ -152,6 +152,22 @@ class DataLimits(Section):
     dropped: Fraction = Field(default=0.01, description="largest share of defective rows per source")
 
 
+class ReportLimits(DataLimits):
+    """When `alignment data check` fails: the largest share of rows that each check may see; null only reports."""
+
+    duplicate: Fraction | None = Field(default=0.5, description="rows that repeat an earlier one")
+    near_duplicate: Fraction | None = Field(default=None, description="rows that nearly repeat an earlier one")
+    leak: Fraction | None = Field(default=0.05, description="held-out rows whose prompt is trained on")
+    contaminated: Fraction | None = Field(default=0.01, description="rows of an evaluation set that are trained on")
+    contradictory: Fraction | None = Field(default=0.05, description="pairs that other pairs contradict")
+    secret: Fraction | None = Field(default=0.0, description="rows with a credential")
+    personal_data: Fraction | None = Field(default=None, description="rows with personal data")
+    truncated: Fraction | None = Field(default=None, description="rows cut at train.max_length")
+    unstopped: Fraction | None = Field(default=0.05, description="answers whose stop token is not trained")
+    length_bias: Fraction | None = Field(default=None, description="accuracy of a classifier that sees lengths only")
+    separable: Fraction | None = Field(default=0.99, description="accuracy of a classifier that sees single words only")
+
+
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
@@ -243,7 +259,7 @@ class Data(Section):
         description="functions (pkg.mod:fn, path/file.py:fn) that make of a row the list of rows to train on, in this "
         "order",
     )
-    limits: DataLimits = Field(default_factory=lambda: DataLimits())
+    limits: ReportLimits = Field(default_factory=lambda: ReportLimits())
     strict: bool = Field(default=False, description="stop at the first defective row")
 
     @model_validator(mode="after")

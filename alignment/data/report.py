@@ -1,0 +1,434 @@
+"""The data report of one stage: what its rows are, what is wrong with them, what its model will see.
+
+    report = examine(Subject("dpo", "preference", stage), cache=Path("runs/.cache"), say=print)
+    print("\\n".join(page.lines(report)))
+
+The rows are those that a run trains on: the code of a run reads them, puts them right and mixes them. A report is a
+plain mapping, the same that `alignment data check --json` prints; `page` writes it for a person. Text is looked at as
+it is read, before tokens; with a tokenizer the token table of training is made (or taken from the cache) and counted,
+and the chat template proved.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from alignment.data import content, duplicates, lengths, pairs, proof, sources, templates, words
+from alignment.data.checks import EXAMPLES, REASONS, Defect
+from alignment.data.dialect import Dialect
+from alignment.data.duplicates import Memory, Watch, Watched
+from alignment.data.findings import PLACES, Finding, Seen
+from alignment.data.loading import Loading
+from alignment.data.opened import open_source, rows_of
+from alignment.data.prepare import Prepared, Splits, load_splits, tabled
+from alignment.data.remedies import TAKEN, Account, Found
+from alignment.errors import DataError
+from alignment.recipe.algorithms import Schema
+from alignment.recipe.described import described
+from alignment.recipe.schema import Data, DataLimits, Source, Stage
+
+BATCH = 1000  # rows hashed at once
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about.
+
+    Attributes:
+        name: the stage, or `files`.
+        schema: of its rows.
+        stage: resolved, with `data`, whose limits say when the report fails, and the seed of all draws.
+        against: evaluation sets: sources whose text must not be trained on.
+        strict: it fails with any finding.
+        tokenizer: fitted to the stage's template; None where there is none yet.
+        why_no_tokens: the reason, where it is None.
+        max_length: of its rows, in tokens.
+        grouped: batches are made of rows of like length.
+    """
+
+    name: str
+    schema: Schema
+    stage: Stage
+    against: Sequence[Source] = ()
+    strict: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+    why_no_tokens: str = ""
+    max_length: int | None = None
+    grouped: bool = False
+
+    @property
+    def data(self) -> Data:
+        """The section that names the rows."""
+        assert self.stage.data is not None, "a stage that trains"
+        return self.stage.data
+
+    @property
+    def seed(self) -> int:
+        """The seed of mixture, split, remedies and padding."""
+        assert self.stage.seed is not None, "a resolved stage"
+        return self.stage.seed
+
+    def limit(self, check: str) -> float | None:
+        """The largest share that a check may see."""
+        if self.strict:
+            return 0.0
+        limit: float | None = getattr(self.data.limits, check.replace("-", "_"), None)
+        return limit
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of a split, where each stands, the index of its source, and what became of the others."""
+
+    rows: list[dict[str, Any]]
+    where: list[str]
+    source: list[int]
+    accounts: list[Account]
+
+    @classmethod
+    def of(cls, split: tuple[list[Found], list[Account]]) -> Loaded:
+        found, accounts = split
+        return cls([one.row for one in found], [one.where for one in found], [one.source for one in found], accounts)
+
+
+def _unlimited(data: Data) -> Data:
+    """The section without limits: however many rows are defective, they are to be reported.
+
+    More rows may be dropped than were read, where pairs are made of several answers.
+    """
+    return data.model_copy(update={"limits": DataLimits.model_construct(dropped=math.inf), "strict": False})
+
+
+def _splits(data: Data, schema: Schema, seed: int, say: Say) -> Splits:
+    data = _unlimited(data)
+    return load_splits(data, Loading(schema, seed, data.strict, data.limits, say, data))
+
+
+def training_rows(data: Data, schema: Schema, seed: int) -> Loaded:
+    """The rows of a stage in the order of its token table, whose column `row` counts them."""
+    alone = data.model_copy(update={"eval": []})
+    return Loaded.of(_splits(alone, schema, seed, lambda text: None)["train"])
+
+
+def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
+    """The report of a subject.
+
+    Raises:
+        DataError: data that cannot be read at all.
+        StorageError: the cache cannot be written.
+    """
+    started = time.monotonic()
+    splits = _splits(subject.data, subject.schema, subject.seed, say)
+    train, held = Loaded.of(splits["train"]), Loaded.of(splits["eval"]) if "eval" in splits else None
+    report: dict[str, Any] = {"stage": subject.name, "schema": subject.schema, "sources": [], "findings": []}
+    watches = [Watch(_watched(source)) for source in subject.against]
+    text = _read(subject, train, watches)
+    found = list(text.findings)
+    if text.pairs is not None:
+        report["pairs"] = text.pairs
+    if held is not None:
+        found += _overlap(subject, train, held, text.memory)
+    for watch in watches:
+        found += _contamination(subject, watch)
+    kept = [train.source.count(index) for index in range(len(train.accounts))]
+    if subject.tokenizer is not None:
+        found += _proof(subject, train, report)
+        made = _tabled(subject, splits, cache, say)
+        found += _tokens(subject, made, train, held, report)
+        kept = [entry["kept"] for entry in made.report["train"]["sources"]]
+    else:
+        report["tokens"] = {"not_counted": subject.why_no_tokens}
+    _rows(train, held, kept, text.by_source, report)
+    found = [*_dropped(subject, train, held, report), *found]
+    report["findings"] = [finding.as_dict() for finding in found]
+    report["limits_passed"] = [finding.check for finding in found if finding.passed_limit]
+    report["seconds"] = round(time.monotonic() - started, 2)
+    return report
+
+
+def _watched(wanted: Source) -> Watched:
+    """The texts of an evaluation set, one row for each record."""
+    where, rows = [], []
+    for place, texts in _records(wanted):
+        where.append(place)
+        rows.append([text for text in dict.fromkeys(texts) if text])
+    return Watched.of(sources.identity(described(wanted)), where, rows)
+
+
+def _records(wanted: Source) -> Iterator[tuple[str, Iterator[str]]]:
+    """Where each record stands, and its texts: turn by turn where it is of a known format, as they are where not."""
+    wanted = described(wanted).model_copy(update={"pairs": "all"})  # every answer of several
+    try:
+        opened = open_source(wanted, None)
+    except DataError:  # of no known format, which an evaluation set may be; what cannot be read is refused here:
+        for record in sources.read(wanted):
+            yield record.where, _asked(sources.adapt(record.value, wanted))
+        return
+    for record in opened.records:
+        try:
+            yield record.where, _asked(rows_of(record, opened))
+        except Defect:
+            yield record.where, _asked(record.value)
+
+
+def _asked(value: Any) -> Iterator[str]:
+    """Every text of a record but its system turns, which evaluation and training may well share."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and "system" not in (value.get("role"), value.get("from")):
+        for name, item in value.items():
+            if name not in ("role", "from", "system"):
+                yield from _asked(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _asked(item)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _batches(loaded: Loaded) -> Iterator[slice]:
+    """Slices of the rows in which all are of one source."""
+    begin = 0
+    while begin < len(loaded.rows):
+        end = begin
+        while end < min(begin + BATCH, len(loaded.rows)) and loaded.source[end] == loaded.source[begin]:
+            end += 1
+        yield slice(begin, end)
+        begin = end
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the text of the rows came to; `pairs` are the numbers of the pair linter, `by_source` counts findings."""
+
+    findings: list[Finding]
+    memory: Memory
+    by_source: list[Counter[str]]
+    pairs: dict[str, Any] | None
+
+
+def _read(subject: Subject, train: Loaded, watches: Sequence[Watch]) -> Text:
+    """Look at the text of every row once: content, duplicates, pairs; what is watched for is noted on the way."""
+    memory, seen, linter = Memory(subject.schema), Seen(), pairs.Pairs()
+    by_source = [Counter[str]() for _ in train.accounts]
+    for part in _batches(train):
+        rows, where, source = train.rows[part], train.where[part], train.source[part.start]
+        hashed = words.hashed([duplicates.parts(row, subject.schema) for row in rows])
+        memory.add(rows, where, source, hashed)
+        for watch in watches:
+            watch.look(hashed)
+        if subject.schema == "preference":
+            linter.add(rows, hashed)
+        for row, place in zip(rows, where, strict=True):
+            for check, kinds in content.look(row, tokens=subject.tokenizer is None).items():
+                seen.add(check, place, *kinds)
+                by_source[source][check] += 1
+    contents = (seen.finding(check, len(memory), says, subject.limit(check)) for check, says in content.SAYS.items())
+    found = [finding for finding in contents if finding is not None]
+    for finding, repeats in _repeats(subject, memory):
+        by_source_of = np.bincount(np.array(memory.sources)[repeats], minlength=len(by_source))
+        for index, count in enumerate(by_source_of.tolist()):
+            by_source[index][finding.check] += count
+        found.append(finding)
+    numbers = None
+    if subject.schema == "preference" and len(memory):
+        numbers = pairs.summary(linter, memory)
+        found += pairs.findings(linter, memory, subject.limit)
+    return Text(found, memory, by_source, numbers)
+
+
+def _repeats(subject: Subject, memory: Memory) -> Iterator[tuple[Finding, Any]]:
+    """Exact and near duplicates; each row is counted once, as an exact one where it is."""
+    own = np.arange(len(memory))
+    exact = duplicates.first_of(memory.exact)
+    near = np.where(exact == own, duplicates.near_first(memory), own)
+    says = {
+        "duplicate": "hold the same turns as an earlier row",
+        "near-duplicate": "share four fifths or more of their three-word runs with an earlier row, in every part "
+        "(estimated)",
+    }
+    source = np.array(memory.sources)
+    for check, earlier in (("duplicate", exact), ("near-duplicate", near)):
+        rows = np.flatnonzero(earlier != own)
+        if len(rows):
+            across = int((source[rows] != source[earlier[rows]]).sum())
+            where = [f"{memory.where[row]} ({memory.where[earlier[row]]})" for row in rows[:PLACES]]
+            text = says[check] + (f"; of {across:,} that one stands in another source" if across else "")
+            values = {"within": len(rows) - across, "across": across}
+            yield Finding(check, len(rows), len(memory), text, tuple(where), values, subject.limit(check)), rows
+
+
+def _overlap(subject: Subject, train: Loaded, held: Loaded, memory: Memory) -> Iterator[Finding]:
+    """Held-out rows whose prompt is trained on, and those whose text is."""
+    prompts = Memory(subject.schema)
+    rows = [duplicates.parts(row, subject.schema) for row in held.rows]
+    hashed = words.hashed(rows)
+    prompts.add(held.rows, held.where, 0, hashed)
+    leaked = duplicates.leaked(prompts.parts[:, 0], memory.parts[:, 0])
+    if len(leaked):
+        of_rows = int(np.isin(prompts.exact, memory.exact).sum())
+        what = "text" if subject.schema == "text" else "prompt"
+        says = f"of the held-out rows have a {what} that is trained on; {of_rows:,} are trained on as they stand"
+        where = tuple(held.where[index] for index in leaked[:PLACES])
+        values = {"whole_rows": of_rows}
+        yield Finding("leak", len(leaked), len(held.rows), says, where, values, subject.limit("leak"))
+    watch = Watch(Watched.of("eval", held.where, [[text for part in row[-2:] for text in part] for row in rows]))
+    for part in _batches(train):
+        watch.look(words.hashed([duplicates.parts(row, subject.schema) for row in train.rows[part]]))
+    known, some = watch.known()
+    leaked_where = {held.where[index] for index in leaked}
+    known = [place for place in known if place not in leaked_where]
+    if known:
+        says = (
+            f"of the held-out rows have half or more of their runs of {words.NGRAM} words (or all, of a shorter one) "
+            f"in training rows, under other prompts; {some:,} share at least one"
+        )
+        yield Finding("leak-ngram", len(known), len(held.rows), says, tuple(known[:PLACES]), {"any": some},
+                      subject.limit("leak-ngram"))  # fmt: skip
+
+
+def _contamination(subject: Subject, watch: Watch) -> Iterator[Finding]:
+    known, some = watch.known()
+    if some:
+        says = (
+            f"of {watch.watched.name} are in the training rows: half or more of their runs of {words.NGRAM} words, or "
+            f"all of a shorter text; {some:,} share at least one run"
+        )
+        yield Finding("contaminated", len(known), len(watch.watched.where), says, tuple(known[:PLACES]),
+                      {"set": watch.watched.name, "any": some}, subject.limit("contaminated"))  # fmt: skip
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def _proof(subject: Subject, train: Loaded, report: dict[str, Any]) -> Iterator[Finding]:
+    """Prove the template on rows of the training split."""
+    assert subject.tokenizer is not None
+    if subject.schema in proof.SCHEMAS:
+        proved = proof.prove(subject.tokenizer, train.rows, subject.schema)
+        report["proof"] = proved.as_dict()
+        for line in proved.lines:
+            yield Finding("template-proof", 1, 1, line, (), {}, 0.0)
+
+
+def _tabled(subject: Subject, splits: Splits, cache: Path, say: Say) -> Prepared:
+    """The token tables that training reads, of the rows that were looked at."""
+    assert subject.tokenizer is not None
+    stage = subject.stage.model_copy(update={"data": _unlimited(subject.data)})
+    return tabled(splits, stage, subject.schema, subject.tokenizer, max_length=subject.max_length, cache=cache, say=say)
+
+
+def _tokens(
+    subject: Subject, made: Prepared, train: Loaded, held: Loaded | None, report: dict[str, Any]
+) -> Iterator[Finding]:
+    """Count the token tables."""
+    assert subject.tokenizer is not None
+    report["tokens"] = {"max_length": subject.max_length, "notes": made.report["train"]["notes"]}
+    for name, table, loaded in (("train", made.train, train), ("eval", made.eval, held)):
+        if table is None or loaded is None:
+            continue
+        stops = templates.stop_ids(subject.tokenizer) if subject.schema != "text" else [subject.tokenizer.eos_token_id]
+        counts = lengths.count(table, stops, _bos(subject.tokenizer))
+        report["tokens"][name] = _token_summary(subject, counts, made.report[name])
+        report["tokens"][name]["per_character"] = lengths.per_character(
+            subject.tokenizer,
+            [text for row in loaded.rows[:: max(1, len(loaded.rows) // 500)] for text in content.texts(row)],
+        )
+        if name == "train":
+            yield from lengths.findings(counts, subject.schema, loaded.where, subject.limit)
+            yield from _cut(subject, made.report[name], counts)
+
+
+def _token_summary(subject: Subject, counts: lengths.Counts, made: dict[str, Any]) -> dict[str, Any]:
+    summary = lengths.summary(
+        counts, subject.schema, per_device=subject.stage.batch.per_device, seed=subject.seed, grouped=subject.grouped,
+        size=subject.max_length,
+    )  # fmt: skip
+    emptied = made["dropped"].get("emptied-by-truncation", 0)
+    return summary | {
+        "truncated": made["truncated"], "overlong": made["dropped"].get("overlong", 0), "emptied": emptied,
+        "boundary_mismatches": made["boundary_mismatches"], "key": made["key"],
+    }  # fmt: skip
+
+
+def _cut(subject: Subject, made: dict[str, Any], counts: lengths.Counts) -> Iterator[Finding]:
+    if made["truncated"]:
+        left = subject.data.on_overlong == "truncate_left"
+        what = "have lost the beginning of their prompt to fit into" if left else "are cut at"
+        says = f"{what} {subject.max_length:,} tokens; `alignment data show --worst truncation` shows the worst"
+        yield Finding("truncated", made["truncated"], len(counts.rows), says, (), {}, subject.limit("truncated"))
+    if made["boundary_mismatches"]:
+        says = "have an answer that changes how the end of the prompt is tokenized; the prompt ends before that token"
+        yield Finding("prompt-boundary", made["boundary_mismatches"], len(counts.rows), says, (), {},
+                      subject.limit("prompt-boundary"))  # fmt: skip
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS id, unless the template writes that token at every turn (SmolLM2's is `<|im_start|>`)."""
+    bos = tokenizer.bos_token
+    if bos is None:
+        return None
+    if tokenizer.chat_template:
+        try:
+            text = Dialect.of(tokenizer).text(templates.PROBE)
+        except DataError:
+            return int(tokenizer.bos_token_id)
+        if text.count(bos) > 1:
+            return None
+    return int(tokenizer.bos_token_id)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    train: Loaded, held: Loaded | None, kept: Sequence[int], seen: Sequence[Counter[str]], report: dict[str, Any]
+) -> None:
+    """Rows in, kept, dropped and changed, in total and of every source; `taken` is what remedies dropped."""
+    total: dict[str, Counter[str]] = {"dropped": Counter(), "taken": Counter(), "changed": Counter()}
+    for account, left, checks in zip(train.accounts, kept, seen, strict=True):
+        counts = {"dropped": account.dropped, "taken": Counter(account.taken), "changed": account.changed}
+        for name, counter in counts.items():
+            total[name].update(counter)
+        report["sources"].append({
+            "source": account.source, "format": account.format, "in": account.rows_in, "kept": left,
+            **{name: dict(counter.most_common()) for name, counter in counts.items()},
+            "findings": {check: count for check, count in checks.items() if count},
+        })  # fmt: skip
+    report["rows"] = {
+        "in": sum(entry["in"] for entry in report["sources"]),
+        "kept": sum(entry["kept"] for entry in report["sources"]),
+        **{name: dict(counter.most_common()) for name, counter in total.items()},
+    }
+    if held is not None:
+        report["eval_rows"] = len(held.rows)
+
+
+def _dropped(subject: Subject, train: Loaded, held: Loaded | None, report: dict[str, Any]) -> Iterator[Finding]:
+    """One finding for each reason for which rows were dropped, and one where they are more than the limit.
+
+    What a remedy took is counted, and no finding: the recipe asks for it.
+    """
+    total = report["rows"]["in"]
+    for reason, count in report["rows"]["dropped"].items():
+        if reason in TAKEN:
+            continue
+        where = [place for account in train.accounts for place in account.examples.get(reason, [])]
+        limit = 0.0 if subject.strict else None
+        yield Finding(reason, count, total, f"are dropped: {REASONS[reason]}", tuple(where[:PLACES]), {}, limit)
+    for account in [*train.accounts, *(held.accounts if held else [])]:
+        limit = subject.limit("dropped") or 0.0
+        if account.rows_in and account.defective > limit * account.rows_in:
+            says = f"of {account.source} are defective and dropped"
+            yield Finding("dropped", account.defective, account.rows_in, says, (), {"examples": EXAMPLES}, limit)

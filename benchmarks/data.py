@@ -1,0 +1,199 @@
+"""How fast pairs are checked and tokenized, beside TRL's own preparation of the same rows, in one run.
+
+    python benchmarks/data.py [--rows 100000] [--threads 2]
+
+The rows are made up: transcripts of one to four turns whose lengths are those of HH-RLHF (medians of about 90 words of
+prompt and 35 of answer), of words that are as unevenly frequent as real ones. Each side runs in a process of its own:
+
+    prepare        alignment data prepare: read, check, convert, tokenize, write the table
+    again          the same once more: read, check, convert, and the table from the cache; and the table alone
+    check          alignment data check with every check, from nothing
+    trl            DPOTrainer's `_prepare_dataset` (one process, as ours), on the conversations as a data set; reading
+                   and converting the transcripts is not counted
+
+and prints seconds, rows per second, processor seconds of all threads and the largest resident memory. On a busy machine
+only the processor seconds can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 30_000
+SIDES = ("prepare", "again", "check", "trl")
+MAX_LENGTH = 1024
+
+
+def generate(path: Path, count: int, seed: int = 0) -> None:
+    """Write made-up transcripts of pairs."""
+    draw = random.Random(seed)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    words = ["".join(draw.choices(letters, weights=range(26, 0, -1), k=draw.randint(2, 9))) for _ in range(VOCABULARY)]
+    cumulative, total = [], 0.0
+    for rank in range(VOCABULARY):
+        total += 1 / (rank + 10)
+        cumulative.append(total)
+
+    def text(median: float) -> str:
+        said = draw.choices(words, cum_weights=cumulative, k=max(1, round(draw.lognormvariate(0, 0.8) * median)))
+        return " ".join(said).capitalize() + "."
+
+    with path.open("w") as file:
+        for _ in range(count):
+            turns = draw.choice((1, 1, 2, 2, 3, 4))
+            prompt = "".join(
+                f"\n\nHuman: {text(20)}" + (f"\n\nAssistant: {text(35)}" if turn < turns - 1 else "")
+                for turn in range(turns)
+            )
+            row = {name: f"{prompt}\n\nAssistant: {text(35)}" for name in ("chosen", "rejected")}
+            file.write(json.dumps(row) + "\n")
+
+
+def tokenizer(folder: Path, rows: Path) -> None:
+    """A byte-level BPE tokenizer with the ChatML template, trained on some of the rows."""
+    from alignment.data import templates
+    from alignment.models.tokenizer import fit, train_tokenizer
+
+    with rows.open() as file:
+        texts = [json.loads(line)["chosen"] for _, line in zip(range(5000), file, strict=False)]
+    trained = train_tokenizer(texts, 16_000, templates.template("chatml").special_tokens)
+    fit(trained, "chatml", conversational=True)
+    trained.save_pretrained(folder)
+
+
+# --- one side --------------------------------------------------------------------------------------------------------
+
+
+def ours(side: str, folder: Path) -> dict[str, Any]:
+    """Time our side; imports and the tokenizer are not counted."""
+    from alignment.data.prepare import _open, prepare
+    from alignment.data.report import Subject, examine
+    from alignment.models.tokenizer import load_tokenizer
+    from alignment.recipe.schema import Source, Stage
+
+    loaded = load_tokenizer(folder / "tokenizer")
+    source = Source(path=str(folder / "rows.jsonl"))
+    data: dict[str, Any] = {"train": [source.model_dump()], "limits": {"dropped": 1.0}}
+    stage = Stage.model_validate({"algorithm": "dpo", "seed": 1, "data": data})
+    cache = folder / ("checked" if side == "check" else "cache")
+    found: dict[str, Any] = {}
+    start, processor = time.perf_counter(), time.process_time()
+    if side == "check":
+        data["eval_fraction"] = 0.01
+        stage = Stage.model_validate({"algorithm": "dpo", "seed": 1, "data": data})
+        subject = Subject(
+            "dpo", "preference", stage, against=[Source(path=str(folder / "exam.jsonl"))], tokenizer=loaded,
+            max_length=MAX_LENGTH,
+        )  # fmt: skip
+        report = examine(subject, cache=cache, say=lambda text: None)
+        found["findings"] = [finding["check"] for finding in report["findings"]]
+    else:
+        made = prepare(
+            stage, "preference", loaded, max_length=MAX_LENGTH, cache=cache, say=lambda text: None
+        )  # fmt: skip
+        found["kept"] = len(made.train)
+    found["seconds"], found["processor"] = time.perf_counter() - start, time.process_time() - processor
+    if side == "again":
+        start = time.perf_counter()
+        _open(cache / "tokens" / made.report["train"]["key"])
+        found["table_seconds"] = time.perf_counter() - start
+    return found
+
+
+def trl(folder: Path) -> dict[str, Any]:
+    """Time TRL's preparation of the same conversations, as its trainer calls it."""
+    import datasets
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    from alignment.data.prepare import load_rows
+    from alignment.models.tokenizer import load_tokenizer
+    from alignment.recipe.schema import DataLimits, Source
+
+    datasets.disable_caching()
+    loaded = load_tokenizer(folder / "tokenizer")
+    rows = load_rows(
+        [Source(path=str(folder / "rows.jsonl"))], "preference", seed=1, strict=False, limits=DataLimits(dropped=1.0),
+        say=lambda text: None,
+    )  # fmt: skip
+    table = datasets.Dataset.from_list(rows)
+    small = LlamaConfig(
+        vocab_size=len(loaded), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    arguments = DPOConfig(
+        output_dir=str(folder / "trl"), max_length=MAX_LENGTH, report_to="none", use_cpu=True, bf16=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    original = DPOTrainer._prepare_dataset
+
+    def timed(*given: Any, **named: Any) -> Any:
+        start, processor = time.perf_counter(), time.process_time()
+        prepared = original(*given, **named)
+        found["seconds"], found["processor"] = time.perf_counter() - start, time.process_time() - processor
+        found["kept"] = len(prepared)
+        return prepared
+
+    DPOTrainer._prepare_dataset = timed
+    policy, reference = LlamaForCausalLM(small), LlamaForCausalLM(small)
+    DPOTrainer(policy, reference, args=arguments, train_dataset=table, processing_class=loaded)
+    return found
+
+
+def main() -> None:
+    """Make the rows, run each side in a process of its own, print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        found = trl(given.folder) if given.side == "trl" else ours(given.side, given.folder)
+        found["memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generate(folder / "rows.jsonl", given.rows)
+        generate(folder / "exam.jsonl", min(1000, given.rows), seed=1)
+        tokenizer(folder / "tokenizer", folder / "rows.jsonl")
+        print(f"{given.rows:,} pairs, {(folder / 'rows.jsonl').stat().st_size / 2**20:.0f} MiB\n")
+        print("| side | seconds | rows per second | processor seconds | memory |\n|---|---|---|---|---|", flush=True)
+        for side in SIDES:
+            found = _run(side, folder, given.threads)
+            seconds, processor, memory = found["seconds"], found["processor"], found["memory_mib"]
+            rate = f"{given.rows / seconds:,.0f}"
+            print(f"| {side} | {seconds:.1f} | {rate} | {processor:.1f} | {memory:,.0f} MiB |", flush=True)
+            for key in ("table_seconds", "findings"):
+                if key in found:
+                    print(f"  {side}: {key.replace('_', ' ')}: {found[key]}", file=sys.stderr)
+
+
+def _run(side: str, folder: Path, threads: int) -> dict[str, Any]:
+    variables = os.environ | {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{side}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()
