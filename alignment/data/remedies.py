@@ -8,8 +8,6 @@ alone; `augment` comes after `eval_fraction` has taken its rows, so that no copy
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import re
@@ -18,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from alignment.data import sources
 from alignment.data.checks import CHOSEN_BY_USER, Defect, Message, Tally, check_row, strings
-from alignment.errors import DataError, RecipeError
+from alignment.data.hooks import load_hook
+from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
 from alignment.recipe.schema import SCRIPTS, Balance, Data, Filter, Prune, Range
 
@@ -302,7 +300,7 @@ def augmented(rows: list[Found], hooks: Sequence[str], schema: Schema, accounts:
         DataError: it fails, or returns what cannot be trained on; the line names the row.
     """
     for hook in hooks:
-        function, made = load_hook(hook), []
+        function, made = load_hook(hook, "data.augment"), []
         for found in rows:
             copy = json.loads(json.dumps(found.row, default=str))
             try:
@@ -323,23 +321,3 @@ def augmented(rows: list[Found], hooks: Sequence[str], schema: Schema, accounts:
             made += [Found(result, found.where, found.source, found.columns) for result in results]
         rows = made
     return rows
-
-
-def load_hook(hook: str) -> Callable[..., Any]:
-    """The function of `pkg.mod:fn` or `path/file.py:fn`. Raises RecipeError."""
-    where, _, name = hook.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"alignment_hook_{Path(where).stem}", where)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        found = getattr(module, name)
-    except Exception as error:  # importing runs the user's code
-        raise RecipeError(f"{hook}: cannot be imported: {type(error).__name__}: {error}") from None
-    if not callable(found):
-        raise RecipeError(f"{hook}: is no function")
-    function: Callable[..., Any] = found
-    return function

@@ -12,20 +12,16 @@ or None means that it does not apply to a row.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import numbers
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from alignment.data.hooks import described, load_hook
 from alignment.errors import RecipeError, UserError
 from alignment.evaluation.metrics import Floats
 from alignment.recipe.schema import Reward
@@ -59,15 +55,7 @@ def load_judge(reward: Reward) -> Judge:
         return Judge(reward.name, length_reward(reward.length), f"length {reward.length}")
     if reward.function is None:
         raise RecipeError(f"rewards: {reward.name}: a judge is a function; a reward model belongs in `scorers:`")
-    where, _, attribute = reward.function.rpartition(":")
-    try:
-        module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise RecipeError(f"rewards: {reward.function}: cannot be imported ({_describe(error)})") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise RecipeError(f"rewards: {reward.function}: {where} has no function {attribute}")
-    return Judge(reward.name, function, reward.function)
+    return Judge(reward.name, load_hook(reward.function, "rewards"), reward.function)
 
 
 def regex_reward(pattern: str) -> Function:
@@ -104,7 +92,7 @@ def judge_replies(judge: Judge, rows: Sequence[Row], replies: Sequence[str], fin
         scores = _call(judge, rows, replies, finished)
     except Exception as error:  # a user's function may raise anything
         where = _failing_row(judge, rows, replies, finished)
-        raise JudgeError(f"rewards: {judge.source} failed on {where}: {_describe(error)}") from error
+        raise JudgeError(f"rewards: {judge.source} failed on {where}: {described(error)}") from error
     try:
         count = len(scores)
     except TypeError:
@@ -147,20 +135,3 @@ def row_name(rows: Sequence[Row], index: int) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     text = " ".join(text.split())
     return f"row {index + 1} ({text[:60] + '...' if len(text) > 60 else text!r})"
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a Python file under a name of its own."""
-    name = f"alignment_judge_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

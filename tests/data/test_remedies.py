@@ -234,7 +234,12 @@ def test_augment(stage: MakeStage, lines: Lines, tokenizer: PreTrainedTokenizerF
     ):
         with pytest.raises(DataError, match=message):
             run(name)
-    with pytest.raises(RecipeError, match=r"hooks.py:none: cannot be imported: AttributeError"):
+    # A dataclass looks its module up where only a module that is registered is found.
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    head += "@dataclass\nclass Pair:\n    text: str\n"
+    (tmp_path / "hooks.py").write_text(head + HOOK)
+    assert len(run("twice")[0].train) == 7
+    with pytest.raises(RecipeError, match=r"data\.augment: .*hooks.py:none: .*hooks.py has no function none"):
         run("none")
 
 
