@@ -183,13 +183,11 @@ def trainer(case: Case, folder: str) -> Any:
     if case.side == "ppo":
         prompts = [{"prompt_ids": ids(prompt - short(index)), "prompt": "x"} for index in range(count)]
         settings = PPOConfig(**common, response_length=reply, num_ppo_epochs=1)
-        made = PPOTrainer(
+        return PPOTrainer(
             model(case, words), settings, Dataset.from_list(prompts), reward_funcs=length, ref_model=second,
             value_model=model(case, words, scorer=True) if adapter is None else None, stop_ids=[words.pad_token_id],
             **given,
         )  # fmt: skip
-        made.pass_tokens = None  # all rows in one pass, as on a GPU
-        return made
     if scorer:
         pairs = [{"chosen_ids": ids(case.length), "rejected_ids": ids(case.length - SHORTER)} for _ in range(count)]
         args = RewardConfig(**common, max_length=case.length)

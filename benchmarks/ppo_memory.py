@@ -84,12 +84,10 @@ def trainer(side: str, options: argparse.Namespace, folder: str) -> Any:
         )
     prompts = [{"prompt_ids": ids(options.prompt), "prompt": "x"} for _ in range(2 * options.rows)]
     settings = PPOConfig(**common, response_length=options.reply, num_ppo_epochs=1)
-    made = PPOTrainer(
+    return PPOTrainer(
         model, settings, Dataset.from_list(prompts), processing_class=words, reward_funcs=length, peft_config=adapter,
         stop_ids=[words.pad_token_id],  # as good as never drawn: every reply has full length
     )  # fmt: skip
-    made.pass_tokens = None  # all rows in one pass, as on a GPU; a CPU would take fewer, and less memory
-    return made
 
 
 def length(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:

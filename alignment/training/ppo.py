@@ -103,7 +103,6 @@ class PPOTrainer(Checked, Trainer):
         if len(train_dataset) < needed:
             raise RecipeError(f"{len(train_dataset)} prompts are fewer than the {needed} episodes of one update")
         self.ref_model = ppo_setup.frozen(ref_model, self.accelerator)
-        self.pass_tokens = ppo_setup.pass_tokens(self.args, deepspeed=self.is_deepspeed_enabled)
         rows = self.local_rows // args.num_mini_batches
         match_engine(self.accelerator, rows=rows, micro_batch=args.per_device_train_batch_size)
         self.add_callback(ppo_setup.SaveControllers(self))
@@ -191,7 +190,7 @@ class PPOTrainer(Checked, Trainer):
         log_probs, reference, entropy = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
         values = torch.zeros(rows, longest + 1, device=mask.device)
         size = self.settings.local_rollout_forward_batch_size
-        for indices in chunks(episodes.lengths(), size, tokens=self.pass_tokens):
+        for indices in chunks(episodes.lengths(), size):
             batch = self._batch(episodes, indices)
             width = batch.mask.shape[1]
             out = self.run(model, batch, with_entropy=True)
@@ -247,7 +246,7 @@ class PPOTrainer(Checked, Trainer):
         """
         tokens = total(rollout.mask[list(indices)].sum())
         size = self.settings.per_device_train_batch_size
-        parts = chunks(rollout.episodes.lengths(), size, indices, tokens=self.pass_tokens)
+        parts = chunks(rollout.episodes.lengths(), size, indices)
         sums: Tensor | int = 0
         highest = tokens.new_zeros((), dtype=torch.float32)
         for number, part in enumerate(parts, start=1):

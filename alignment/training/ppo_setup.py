@@ -25,7 +25,6 @@ from alignment.training.ppo_config import PPOConfig
 from alignment.training.rewards import RewardSource
 from alignment.training.shared_base import SharedBase
 
-CPU_TOKENS = 256  # of one pass: matrices of this height reach a CPU's full rate (benchmarks/ppo.py)
 CONTROLLERS = "ppo.json"  # in a checkpoint: what is neither a weight nor the Trainer's
 
 
@@ -107,15 +106,6 @@ def one_step_per_update(args: PPOConfig, local_rows: int) -> PPOConfig:
     if args.total_episodes is not None:
         own.max_steps = math.ceil(args.total_episodes / (local_rows * args.world_size))
     return own
-
-
-def pass_tokens(args: PPOConfig, *, deepspeed: bool) -> int | None:
-    """How many tokens a pass needs to be fast, where fewer rows per pass cost nothing and save padding.
-
-    A GPU wants all that its memory holds; ranks and engines count passes, which must be the same everywhere.
-    """
-    alone = args.world_size == 1 and not deepspeed
-    return CPU_TOKENS if alone and args.device.type == "cpu" else None
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

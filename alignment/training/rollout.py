@@ -97,15 +97,7 @@ def completion_mask(completions: Sequence[Ids], device: torch.device) -> Tensor:
     return torch.arange(int(lengths.max()), device=device)[None] < lengths[:, None]
 
 
-def chunks(
-    lengths: Sequence[int], size: int, indices: Sequence[int] | None = None, *, tokens: int | None = None
-) -> list[list[int]]:
-    """Indices in groups of at most `size` and of like lengths, the longest first.
-
-    Args:
-        tokens: a group need not hold more than about so many; smaller groups carry less padding.
-    """
+def chunks(lengths: Sequence[int], size: int, indices: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices in groups of at most `size` and of like lengths, the longest first."""
     order = sorted(range(len(lengths)) if indices is None else indices, key=lambda index: (-lengths[index], index))
-    if tokens is not None:
-        size = min(size, max(1, tokens * len(lengths) // sum(lengths)))
     return [order[start : start + size] for start in range(0, len(order), size)]
