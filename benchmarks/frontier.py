@@ -2,12 +2,11 @@
 and with other critics.
 
     python benchmarks/frontier.py RUN [--only dpo-0.1 ppo-0] [--jobs 2] [--out benchmarks/frontier]
-    python benchmarks/frontier.py RUN --over-optimise        # PPO without a KL penalty, three times as long
 
 RUN is the folder of a finished quickstart. Each setting is a run of its own beside it, with the same base, SFT and
 reward model: it trains one stage and evaluates it. Writes the numbers (`.json`) and the figure (`.svg`), after figure 2
-(left) of Rafailov et al. 2023 (arXiv:2305.18290). With `--over-optimise` the gold reward is watched with a weight of
-1e-9: what the scorer says and what is true, update by update (Gao et al. 2022, arXiv:2210.10760).
+(left) of Rafailov et al. 2023 (arXiv:2305.18290). Beside what is true stands what the reward model said in the first
+and in the last update that was logged: over-optimisation (Gao et al. 2022, arXiv:2210.10760) shows there.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("base", "sft", "reward")
 COLOURS = {"sft": "#555555", "dpo": "#1f77b4", "ppo": "#d62728", "rloo": "#2ca02c", "gold": "#9467bd"}
+SCORE = "rewards/scorer"  # the reward model's mean score of an update's replies, in the log
 GOLD = {"function": "data/quickstart/gold.py:score", "name": "gold"}
 Stage = dict[str, Any]
 
@@ -67,13 +67,6 @@ def rloo(ppo: Stage, beta: float) -> Stage:
     return own | {"algorithm": "rloo"}
 
 
-def over_optimised(stages: dict[str, Stage]) -> Stage:
-    """PPO without a KL penalty, three times as long, that logs the gold reward."""
-    own = changed(stages["ppo"], kl_coef=0.0, max_steps=3 * stages["ppo"]["train"]["max_steps"])
-    own["rewards"] = [*own["rewards"], GOLD | {"weight": 1e-9}]
-    return own
-
-
 def train(run: Path, recipe: dict[str, Any], name: str, stage: Stage) -> tuple[Path, str]:
     """One setting's run folder and its stage there: RUN itself where it is the recipe's own, else a run of its own."""
     for own_name, own_stage in recipe["stages"].items():
@@ -100,7 +93,14 @@ def read(folder: Path, stage: str, name: str) -> dict[str, Any]:
     """One model's place in the figure."""
     metrics = json.loads((folder / "evaluate" / "metrics.json").read_text())
     keys = ("gold", "gold_low", "gold_high", "kl", "facts", "win_rate", "length")
-    return {"name": name} | {key: round(metrics.get(f"{key}/{stage}", 0.0), 4) for key in keys}
+    scores = [round(line[SCORE], 4) for line in log_lines(folder / stage) if SCORE in line]
+    said = {"first_score": scores[0], "last_score": scores[-1]} if scores else {}
+    return {"name": name} | {key: round(metrics.get(f"{key}/{stage}", 0.0), 4) for key in keys} | said
+
+
+def log_lines(stage: Path) -> list[dict[str, Any]]:
+    """What a stage logged."""
+    return [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
 
 
 def draw(points: list[dict[str, Any]]) -> str:
@@ -142,38 +142,17 @@ def draw(points: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def watched(folder: Path, name: str) -> list[dict[str, float]]:
-    """What the scorer and the gold reward said of each logged update's own replies."""
-    lines = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
-    keys = {
-        "rewards/scorer": "scorer",
-        "rewards/gold": "gold",
-        "objective/kl": "kl",
-        "completions/mean_length": "length",
-    }
-    return [
-        {"update": line["step"]} | {short: round(line[key], 3) for key, short in keys.items()}
-        for line in lines
-        if "rewards/gold" in line
-    ]
-
-
 def main() -> None:
     """Run what is missing, then write numbers and figure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--only", nargs="+", help="these settings, dpo-0.1 for example; default: all")
-    parser.add_argument("--over-optimise", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with one thread if above 1")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "frontier")
     options = parser.parse_args()
     run, recipe = options.run.absolute(), yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
     if options.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
-    if options.over_optimise:
-        for line in watched(*train(run, recipe, "ppo-free", over_optimised(recipe["stages"]))):
-            print(line)
-        return
     chosen = {name: stage for name, stage in variants(recipe["stages"]).items() if name in (options.only or [name])}
     with ThreadPoolExecutor(options.jobs) as pool:
         places = list(pool.map(lambda name: train(run, recipe, name, chosen[name]), chosen))
