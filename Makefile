@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all ci-slow lint format clean
+.PHONY: quickstart test test-all ci-slow lint format audit clean
 
 # The stamp names what was installed, so that a changed pin installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -37,6 +37,15 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known vulnerabilities of the locked dependencies. It needs the network, and fails where one could not be looked up.
+audit: $(VENV)/audit/bin/pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
+
+# Apart from the others: what it needs must not decide what is tested.
+$(VENV)/audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.10,<3'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

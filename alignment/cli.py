@@ -1,7 +1,7 @@
-"""The command line: `alignment check | run | data | status | runs | report | chat | export | env`.
+"""The command line: `alignment check | run | data | status | runs | report | verify | chat | export | env`.
 
 Parsing, printing and exit codes only. Whatever imports torch is imported inside the command that needs it, so that
-`--help`, `run --dry-run`, `check --quick`, `status`, `runs`, `report` and `env` answer at once on a login node.
+`--help`, `run --dry-run`, `check --quick`, `status`, `runs`, `report`, `verify` and `env` need none of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import DataError, ExitCode, RecipeError, UserError
+from alignment.recipe.credentials import mask
 
 EXIT_CODES = """\
 exit codes:
@@ -43,9 +44,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         code: int = arguments.command(arguments)
     except UserError as error:
-        print(f"alignment: {error}", file=sys.stderr)
+        text = mask(str(error))
+        print(f"alignment: {text}", file=sys.stderr)
         if getattr(arguments, "json", False):
-            print(json.dumps({"code": int(error.code), "error": str(error)}))
+            print(json.dumps({"code": int(error.code), "error": text}))
         return int(error.code)
     return code
 
@@ -242,7 +244,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from alignment import datacli  # which uses this module
+    from alignment import datacli, verifying  # which use this module
 
     parser = argparse.ArgumentParser(
         prog="alignment",
@@ -258,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     datacli.add(commands)
     _add_inspection(commands)
+    verifying.add(commands)
     _add_serving(commands)
     return parser
 
@@ -351,7 +354,8 @@ def _add_run(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true",
                         help="start changed stages again (with --stage: those), and what depends on them; "
-                        "what is there is renamed, never deleted")  # fmt: skip
+                        "what is there is renamed, never deleted. Also goes on after a wrong chain (a parent "
+                        "that was altered, another template ...), which the manifest records")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print stages, status and command lines; write nothing")
     parser.add_argument("--smoke", action="store_true",
                         help="two steps of every stage with tiny stand-in models and rows, in RUN-smoke")  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from alignment import cli
 from alignment.recipe.algorithms import ALGORITHMS
 
-COMMANDS = ("check", "run", "data", "status", "runs", "report", "chat", "export", "env")
+COMMANDS = ("check", "run", "data", "status", "runs", "report", "verify", "chat", "export", "env")
 HEAVY = ("torch", "transformers", "trl", "datasets", "deepspeed", "accelerate", "numpy", "pyarrow")
 NOTICE = f"""
 import sys

@@ -28,6 +28,7 @@ TORCH_FREE = (
     "__main__.py",
     "environment.py",
     "checking.py",
+    "verifying.py",
     "errors.py",
     "__init__.py",
 )

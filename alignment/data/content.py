@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignment.data.checks import Message, strings
+from alignment.recipe.credentials import PATTERNS
 
 SAYS: dict[str, str] = {
     "control-character": "hold control characters ({kinds})",
@@ -61,22 +62,9 @@ def _control_tokens(text: str) -> Iterator[tuple[str, str]]:
 
 # --- credentials ------------------------------------------------------------------------------------------------------
 
-# Kind, a literal that is looked for first because that is fast, and the pattern.
-_SECRETS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
-    ("AWS key", "AKIA", re.compile(r"\bAKIA[0-9A-Z]{16}\b")),
-    ("GitHub token", "gh", re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36,}\b")),
-    ("GitHub token", "github_pat_", re.compile(r"\bgithub_pat_[A-Za-z0-9_]{40,}\b")),
-    ("API key (sk-)", "sk-", re.compile(r"\bsk-(?=[A-Za-z0-9_-]*\d)[A-Za-z0-9_-]{32,}")),
-    ("Hugging Face token", "hf_", re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")),
-    ("Google key", "AIza", re.compile(r"\bAIza[0-9A-Za-z_-]{35}\b")),
-    ("Slack token", "xox", re.compile(r"\bxox[abprs]-[0-9A-Za-z-]{20,}")),
-    ("private key", "PRIVATE KEY", re.compile(r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----")),
-    ("web token", "eyJ", re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}")),
-)  # fmt: skip
-
 
 def _secrets(text: str) -> Iterator[tuple[str, str]]:
-    for kind, literal, pattern in _SECRETS:
+    for kind, literal, pattern in PATTERNS:
         if literal in text and pattern.search(text):
             yield "secret", kind
 

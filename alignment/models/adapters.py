@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from alignment.errors import ModelError, RecipeError
 from alignment.models.load import HEAD, load_policy, resize_embeddings
+from alignment.pipeline.files import settle
 
 
 def lora_config(keys: Mapping[str, Any], *, scorer: bool, added_tokens: Sequence[str], tied: bool) -> LoraConfig:
@@ -55,6 +56,7 @@ def merge_to_folder(adapter: Path, out: Path) -> None:
     resize_embeddings(merged, tokenizer)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    settle(out)  # the next user may be another one
 
 
 def merge(model: PeftModel | PreTrainedModel, *, tolerance: float = 1e-3) -> PreTrainedModel:

@@ -7,7 +7,6 @@ that is about to be trained, which starts at zero.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,8 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from alignment.errors import ModelError
-from alignment.models.tokenizer import load_tokenizer
+from alignment.models.tokenizer import load_tokenizer, own_code
+from alignment.pipeline import folders
 from alignment.pipeline.launch import cpu_has_amx
 from alignment.recipe.schema import Quantization
 
@@ -60,10 +60,11 @@ def adapter_base(path: str | Path) -> str:
     Raises:
         ModelError: the adapter names no base.
     """
-    config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
+    base = folders.read_object(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{path}/{ADAPTER_CONFIG}: base_model_name_or_path is missing")
+    if is_adapter(str(base)):
+        raise ModelError(f"{path}: its base {base} is itself an adapter that was not merged; merge that first")
     return str(base)
 
 
@@ -76,7 +77,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no usable config.json ({_one_line(error)})") from error
+        raise ModelError(own_code(path, error) or f"{path}: no usable config.json ({_one_line(error)})") from error
     return config.get_text_config()
 
 
@@ -118,6 +119,7 @@ def load_policy(
     Raises:
         ModelError: no weights, a missing tensor, another kind of model, an unknown architecture.
     """
+    _require_sound(path)
     tokenizer = load_tokenizer(path, revision)
     if is_adapter(path):
         base = _load(adapter_base(path), None, AutoModelForCausalLM, dtype, attention, quantization, fresh_head=False)
@@ -143,6 +145,7 @@ def load_scorer(
     Raises:
         ModelError: as `load_policy`; also a model with other than one output.
     """
+    _require_sound(path)
     tokenizer = load_tokenizer(path, revision)
     kind = AutoModelForSequenceClassification
     if is_adapter(path):
@@ -154,6 +157,12 @@ def load_scorer(
         raise ModelError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def _require_sound(path: str | Path) -> None:
+    """Look at a local folder before anything of it is loaded; a hub name is left to the hub's own checks."""
+    if Path(path).is_dir():
+        folders.require_sound(Path(path))
 
 
 def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -181,6 +190,7 @@ def _load(
     fresh_head: bool,
 ) -> PreTrainedModel:
     """`from_pretrained`, with the checks that it leaves out."""
+    _require_sound(path)  # the base of an adapter comes here first
     options: dict[str, Any] = {
         "revision": revision, "dtype": dtype, "attn_implementation": attention, "trust_remote_code": False,
         "use_safetensors": True,
@@ -193,7 +203,9 @@ def _load(
     try:
         model, info = kind.from_pretrained(str(path), output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be loaded as a model ({_one_line(error)})") from error
+        raise ModelError(
+            own_code(path, error) or f"{path}: cannot be loaded as a model ({_one_line(error)})"
+        ) from error
     missing = sorted(set(info["missing_keys"]) - ({f"{HEAD}.weight"} if fresh_head else set()))
     if missing:
         raise ModelError(f"{path}: {len(missing)} tensors are missing from its weights, the first is {missing[0]}")

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from alignment.pipeline import chains
 from alignment.pipeline.plan import StagePlan
 from alignment.recipe.algorithms import ALGORITHMS, Algorithm
 from alignment.recipe.load import full_train
@@ -51,8 +52,17 @@ def details(recipe: Recipe, plan: StagePlan) -> list[str]:
     inherited, overridden = _origins(recipe, recipe.stages[plan.spec.stage], row)
     entries |= {"inherits": ", ".join(inherited), "overrides": ", ".join(overridden)}
     lines = [line for label, text in entries.items() if text for line in _entry(label, text)]
+    lines += [line for hook in hooks(stage) for line in _entry("runs code", hook)]
+    lines += [line for caution in chains.cautions(recipe, plan.spec.stage) for line in _entry("note", caution)]
     lines += [line for change in plan.spec.forced for line in _entry("allowed", change)]
     return lines + [f"  {key} not hashed yet" for key in plan.unhashed if not key.startswith("parents.")]
+
+
+def hooks(stage: Stage) -> list[str]:
+    """The Python of the user's that a stage imports and runs with all rights of its process, and by which key."""
+    named = [(f"rewards.{reward.name}", reward.function) for reward in stage.rewards if reward.function is not None]
+    named += [(f"data.augment[{index}]", hook) for index, hook in enumerate(stage.data.augment if stage.data else ())]
+    return [f"{hook} (plain Python, unrestricted; {key})" for key, hook in named]
 
 
 def _entry(label: str, text: str) -> list[str]:

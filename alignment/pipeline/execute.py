@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ChainError, ExitCode, RecipeError
-from alignment.pipeline import describe, launch
+from alignment.pipeline import chains, describe, launch
 from alignment.pipeline import plan as planning
 from alignment.pipeline.locks import lock, refuse_if_held
 from alignment.pipeline.memory import plan as memory_plan
@@ -85,6 +85,7 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
     for name in moved:
         say(f"{name}: {request.folder / name} would be moved aside")
     _refuse(request, names, plans, moved)
+    _admit(request, names, plans, deep=False)
     return {"run": str(request.folder), "dry_run": True, "code": 0, "stages": stages}
 
 
@@ -108,6 +109,7 @@ def execute(request: Request, say: Say) -> dict[str, Any]:
     names = selected(request)
     plans = _plan(request, names)
     _refuse(request, names, plans, _to_archive(request, names, plans))
+    _admit(request, names, plans)
     with lock(request.folder, say=say):
         plans = _plan(request, names)  # another run may have been at work until now
         moved = _to_archive(request, names, plans)
@@ -151,6 +153,8 @@ def _stage(request: Request, name: str, say: Say) -> dict[str, Any]:
         return {"status": "done", "ran": False, "code": 0, "metrics": metrics, "path": str(folder), "message": ""}
     launch.refuse_impossible(spec)
     refuse_if_held(folder)
+    spec = chains.admit(spec, force=request.force)
+    plan = replace(plan, spec=spec)
     say(f"{title}: {describe.status(plan)}")
     for line in describe.details(request.recipe, plan):
         say(line)
@@ -196,13 +200,32 @@ def _to_archive(request: Request, names: Sequence[str], plans: dict[str, StagePl
     return [name for name in request.recipe.stages if name in moved and (request.folder / name).exists()]
 
 
+def _admit(request: Request, names: Sequence[str], plans: dict[str, StagePlan], *, deep: bool = True) -> None:
+    """Refuse wrong chains before the first stage starts, where what they link to is there already.
+
+    Raises:
+        ChainError: all of them at once.
+    """
+    wrong = []
+    for name in names:
+        if plans[name].status in ("fresh", "resume"):
+            try:
+                chains.admit(plans[name].spec, force=request.force, deep=deep)
+            except ChainError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ChainError("\n".join(wrong))
+
+
 def _refuse(request: Request, names: Sequence[str], plans: dict[str, StagePlan], moved: Sequence[str]) -> None:
     """Raise ChainError for what stands in the way of running `names`, all of it at once.
 
     Raises:
         ChainError: a changed stage, or a parent that is neither finished nor asked for.
     """
-    problems = [line for name, plan in plans.items() if name not in moved for line in plan.difference]
+    # A parent that is not asked for and was altered stands with the stage that links to it (`_admit`).
+    parents = {name for name, plan in plans.items() if plan.altered and name not in names}
+    problems = [line for name, plan in plans.items() if name not in {*moved, *parents} for line in plan.difference]
     if problems:
         raise ChainError(
             "\n".join(problems)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,8 @@ class StageSpec:
         fingerprint: what decides its result, as recorded when the stage began.
         attempt: the name of this start.
         recipe_path, runs: where the recipe came from, and where runs are kept.
-        forced: the differences that were allowed since the stage began.
+        forced: the differences and the wrong links that were allowed since the stage began.
+        parent_weights: the weights of each finished parent when this start was planned.
     """
 
     run: str
@@ -71,6 +73,7 @@ class StageSpec:
     recipe_path: Path
     runs: Path
     forced: tuple[str, ...] = ()
+    parent_weights: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint_sha256(self) -> str:
@@ -88,6 +91,7 @@ class StagePlan:
         difference: what changed or is damaged, one line each, when the status is `changed`.
         waiting_for: the stages that must finish first.
         unhashed: the keys of the fingerprint whose content was not hashed (dry run).
+        altered: it finished, and its files are not those of its manifest.
     """
 
     spec: StageSpec
@@ -95,6 +99,7 @@ class StagePlan:
     difference: tuple[str, ...] = ()
     waiting_for: tuple[str, ...] = ()
     unhashed: tuple[str, ...] = ()
+    altered: bool = False
 
 
 def plan(
@@ -173,9 +178,10 @@ def _prepare(
     folders = {parent: entry.spec.output for parent, entry in before.items()}
     output = runs / run / name
     spec = StageSpec(stage=name, output=output, config=stage, parents=folders, fingerprint=content,
-                     attempt=new_attempt(), **at)  # fmt: skip
+                     attempt=new_attempt(), parent_weights=_weights(folders), **at)  # fmt: skip
     unhashed = tuple(key for key, value in flatten(content).items() if value == NOT_HASHED)
-    waiting_for = tuple(parent for parent, entry in before.items() if entry.status != "done")
+    # A parent that was altered is no reason to wait: it is told, with the key, where links are checked (chains.admit).
+    waiting_for = tuple(parent for parent, entry in before.items() if entry.status != "done" and not entry.altered)
     known[name] = replace(_compare(spec, allow), waiting_for=waiting_for, unhashed=unhashed)
     if waiting_for and known[name].status in ("fresh", "resume"):
         known[name] = replace(known[name], status="waiting")
@@ -192,7 +198,7 @@ def _compare(spec: StageSpec, allow: tuple[str, ...]) -> StagePlan:
     try:
         recorded = _recorded(spec.output)
     except ChainError as damage:
-        return StagePlan(spec, "changed", difference=(str(damage),))
+        return StagePlan(spec, "changed", difference=(str(damage),), altered=_readable(spec.output))
     if recorded is None:
         foreign = _foreign(spec.output)
         return StagePlan(spec, "changed", difference=(foreign,)) if foreign else StagePlan(spec, "fresh")
@@ -222,6 +228,13 @@ def _recorded(output: Path) -> tuple[dict[str, Any], tuple[str, ...], bool] | No
     return spec.fingerprint, spec.forced, False
 
 
+def _readable(output: Path) -> bool:
+    try:
+        return read_manifest(output) is not None
+    except ChainError:
+        return False
+
+
 def _foreign(output: Path) -> str | None:
     """A folder with files and no record is somebody else's, which is never written to: a line that says so."""
     ours = {"lock", "output.log", "status.json"}
@@ -240,14 +253,26 @@ def _by_version(line: str, stage: Stage) -> bool:
 
 def _other_parents(spec: StageSpec) -> list[str]:
     """Lines for parents that ran again since: the same fingerprint, other weights."""
+    manifest = read_manifest(spec.output)
+    if manifest is not None:
+        began = {name: entry.get("weights_sha256") for name, entry in (manifest.get("parents") or {}).items()}
+    else:  # unfinished: policy and reference would not start from the same weights
+        began = dict(read_stage(spec.output / STAGE).parent_weights)
     lines = []
-    manifest = read_manifest(spec.output) or {}
-    for name, entry in (manifest.get("parents") or {}).items():
-        current = read_manifest(spec.parents[name]) if name in spec.parents else None
-        was, is_ = entry.get("weights_sha256"), (current or {}).get("weights_sha256")
+    for name, was in began.items():
+        is_ = spec.parent_weights.get(name)
         if was and is_ and was != is_:
             lines.append(f"parents.{name}.weights: {was[:12]} -> {is_[:12]}")
     return lines
+
+
+def _weights(folders: dict[str, Path]) -> dict[str, str]:
+    """The recorded weights of each parent that is finished; a damaged record is told where it is compared."""
+    found = {}
+    for name, folder in folders.items():
+        with suppress(ChainError):
+            found[name] = str((read_manifest(folder) or {}).get("weights_sha256") or "")
+    return {name: value for name, value in found.items() if value}
 
 
 def _covers(allowed: str, line: str) -> bool:
@@ -324,6 +349,7 @@ def write_stage(spec: StageSpec) -> Path:
         "config": _plain(spec.config),
         "fingerprint": spec.fingerprint,
         "forced": list(spec.forced),
+        "parent_weights": dict(spec.parent_weights),
     }
     with storage(spec.output):
         spec.output.mkdir(parents=True, exist_ok=True)
@@ -354,6 +380,7 @@ def read_stage(path: Path) -> StageSpec:
             recipe_path=Path(content["recipe"]),
             runs=Path(content["runs"]),
             forced=tuple(content["forced"]),
+            parent_weights=dict(content.get("parent_weights") or {}),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ChainError(f"{path}: damaged: {' '.join(str(error).split())}") from error

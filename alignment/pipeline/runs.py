@@ -27,6 +27,7 @@ from alignment.errors import ChainError
 from alignment.pipeline.files import digest, fault, file_hash, read_json, settle, sync_folder, write_json, write_text
 from alignment.pipeline.locks import lock as lock_stage
 from alignment.pipeline.seals import latest_sealed, seal, seal_fault
+from alignment.recipe.credentials import mask
 
 __all__ = [
     "digest", "file_hash", "latest_sealed", "lock_stage", "new_attempt", "now", "read_manifest", "read_status", "seal",
@@ -68,7 +69,14 @@ def write_status(
 ) -> None:
     """Write `status.json`: launchers lose a worker's exit code (accelerate turns 85 into 1), this file does not."""
     who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "time": now()}
-    what = {"attempt": attempt, "state": state, "code": int(code), "message": message, "step": step, "steps": steps}
+    what = {
+        "attempt": attempt,
+        "state": state,
+        "code": int(code),
+        "message": mask(message),
+        "step": step,
+        "steps": steps,
+    }
     write_json(stage / STATUS, {"schema": SCHEMA, **what, **who})
 
 

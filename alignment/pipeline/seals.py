@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from alignment.errors import CheckpointError
 from alignment.pipeline.files import fault, read_json, settle, write_json
@@ -28,7 +29,12 @@ def seal(folder: Path, *, step: int, world_size: int, fingerprint_sha256: str) -
 
 
 def seal_fault(folder: Path, *, deep: bool = True) -> str | None:
-    """Why this checkpoint must not be loaded, or None when it is whole. `deep` compares contents, not only sizes."""
+    """Why this checkpoint must not be loaded, or None when it is whole. `deep` compares contents, not only sizes.
+
+    Upstream opens every file with the right name, pickles among them: one that the seal does not name is refused too.
+    """
+    if folder.is_symlink():
+        return "is a link, which leads out of the stage"
     try:
         record = read_json(folder / SEALED, schema=SCHEMA, error=CheckpointError)
     except CheckpointError as error:
@@ -36,9 +42,18 @@ def seal_fault(folder: Path, *, deep: bool = True) -> str | None:
     if record is None:
         return "not sealed (its writer was stopped)"
     try:
-        return fault(folder, record["files"], deep=deep)
+        return fault(folder, record["files"], deep=deep) or _unnamed(folder, record["files"])
     except (KeyError, TypeError, AttributeError):
         return f"{SEALED}: damaged: fields are missing"
+
+
+def _unnamed(folder: Path, table: dict[str, dict[str, Any]]) -> str | None:
+    """A reason that names a file which was put there after sealing, or None."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and name not in table and name != SEALED and path.name[0] != ".":
+            return f"{name}: not named in {SEALED}"
+    return None
 
 
 def checkpoints(stage: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from alignment.errors import RecipeError
 from alignment.recipe.checks import check_stages
+from alignment.recipe.credentials import in_recipe
 from alignment.recipe.overrides import apply_overrides
 from alignment.recipe.problems import Place, Problems, nearest
 from alignment.recipe.resolve import full_train, parents, resolve
@@ -55,6 +56,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(problems.in_order())
     raw: dict[str, Any] = dict(document.value)
     apply_overrides(raw, overrides, problems)
+    for place, message in in_recipe(raw):
+        problems.add(place, message)
     stages = raw.get("stages")
     names = list(stages) if isinstance(stages, Mapping) else []
     recipe = _validated(raw, problems)

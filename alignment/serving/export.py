@@ -22,8 +22,9 @@ from alignment.errors import ModelError
 from alignment.models.adapters import merge
 from alignment.models.generation import Policy
 from alignment.models.load import adapter_base, load_policy, load_scorer
-from alignment.pipeline.files import settle, storage, sync_folder
+from alignment.pipeline.files import storage, sync_folder
 from alignment.pipeline.runs import MANIFEST, read_manifest, verify_parent
+from alignment.serving import manifest
 from alignment.serving.kind import kind_of
 
 SCALE = ("score_mean", "score_std")  # what PPO normalises a reward model's scores by
@@ -62,7 +63,7 @@ def export(stage: Path, out: Path) -> Path:
         with storage(out):
             beside.mkdir(parents=True)
             _save(exported, beside)
-            settle(beside)
+            manifest.write(beside, stage, exported.kind, exported.model, exported.tokenizer)
         error = _read_back(exported, beside, probe, expected)
         with storage(out):
             os.replace(beside, out)  # an empty folder may stand there

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
 
 from alignment.errors import ModelError
-from alignment.models.load import ADAPTER_CONFIG, is_adapter
+from alignment.models.load import is_adapter
+from alignment.pipeline import folders
+from alignment.pipeline.folders import Kind
 
-Kind = Literal["causal-lm", "sequence-classification"]
-
-_BY_TASK: dict[str, Kind] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
-_BY_CLASS: dict[str, Kind] = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForSequenceClassification": "sequence-classification",
-}
+__all__ = ["Kind", "kind_of"]
 
 
 def kind_of(folder: Path) -> Kind:
@@ -29,27 +22,14 @@ def kind_of(folder: Path) -> Kind:
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
+    found = folders.kind_of(folder)
+    if found is not None:
+        return found
     if is_adapter(folder):
-        task = str(_read(folder / ADAPTER_CONFIG).get("task_type"))
-        if task in _BY_TASK:
-            return _BY_TASK[task]
-        raise ModelError(f"{folder}: an adapter for {task}; expected {' or '.join(_BY_TASK)}")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: holds no model (neither config.json nor {ADAPTER_CONFIG})")
-    names = [str(name) for name in _read(folder / "config.json").get("architectures") or []]
-    for name in names:
-        for ending, kind in _BY_CLASS.items():
-            if name.endswith(ending):
-                return kind
-    found = ", ".join(names) or "no architecture named in config.json"
-    raise ModelError(f"{folder}: neither a causal LM nor a reward model ({found})")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: cannot be read as JSON: a mapping was expected")
-    return value
+        task = folders.read_object(folder / folders.ADAPTER_CONFIG).get("task_type")
+        raise ModelError(f"{folder}: an adapter for {task}; expected {' or '.join(folders.BY_TASK)}")
+    if not (folder / folders.CONFIG).is_file():
+        raise ModelError(f"{folder}: holds no model (neither {folders.CONFIG} nor {folders.ADAPTER_CONFIG})")
+    names = [str(name) for name in folders.read_object(folder / folders.CONFIG).get("architectures") or []]
+    says = ", ".join(names) or "no architecture named in config.json"
+    raise ModelError(f"{folder}: neither a causal LM nor a reward model ({says})")

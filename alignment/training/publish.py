@@ -1,7 +1,7 @@
 """From a trained model to a finished stage: write, read back, and only then the manifest.
 
-Files are written beside, made durable, and renamed into the stage's folder one by one; `manifest.json` comes last and
-names them all, so a folder without it is not finished, whatever lies in it.
+Files are written beside, read back by another process, made durable, and renamed into the stage's folder one by one;
+`manifest.json` comes last and names them all, so a folder without it is not finished, whatever lies in it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import GenerationConfig, PreTrainedModel, Trainer
 
 from alignment.data import templates
 from alignment.errors import ModelError
 from alignment.evaluation.generate import batches
 from alignment.models.generation import pad_id
-from alignment.models.load import adapter_base, is_adapter, load_policy, load_scorer
+from alignment.models.load import adapter_base, is_adapter
+from alignment.models.tokenizer import describe
 from alignment.pipeline import runs
 from alignment.pipeline.plan import StageSpec
+from alignment.recipe.credentials import mask
+from alignment.training import readback
 from alignment.training.arguments import is_main
 from alignment.training.card import card
 from alignment.training.context import Context
@@ -43,8 +45,9 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
     """
     beside = ctx.spec.output / PUBLISHING
     if is_main():
+        readback.start()  # it imports while the weights are written
         shutil.rmtree(beside, ignore_errors=True)
-    probe = _probe(ctx.tokenizer)
+    probe = readback.probe(ctx.tokenizer)
     trained = _logits(trainer, probe)
     scale = _score_scale(ctx, trainer) if ctx.row.publishes == "sequence-classification" else {}
     trainer.save_model(str(beside))
@@ -56,9 +59,9 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
     _save_tokenizer(ctx, beside)
     _check_weights(beside)
     model = _describe(ctx, trainer, beside) | scale
-    runs.write_text(beside / "README.md", card(ctx.spec, model, metrics))
-    _read_back(beside, ctx, probe, trained)
-    return {"files": _move(beside, ctx.spec.output), "model": model, "tokenizer": _describe_tokenizer(ctx)}
+    runs.write_text(beside / "README.md", mask(card(ctx.spec, model, metrics)))
+    _read_back(beside, ctx, probe, trained, _sizes(trainer))
+    return {"files": _move(beside, ctx.spec.output), "model": model, "tokenizer": describe(ctx.tokenizer)}
 
 
 def versions() -> dict[str, str]:
@@ -70,15 +73,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _probe(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Token ids (1, S) on which two models are compared: a fixed conversation, or plain text without a template."""
-    if tokenizer.chat_template is not None:
-        ids = templates.encode_messages(tokenizer, templates.PROBE).ids
-    else:
-        ids = tokenizer("The capital of France is Paris.")["input_ids"]
-    return torch.tensor([ids])
 
 
 def _logits(trainer: Trainer, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -147,6 +141,15 @@ def _check_weights(folder: Path) -> None:
             raise ModelError(f"{folder.parent}: {path.name} has {path.stat().st_size} bytes; the adapter is empty")
 
 
+def _sizes(trainer: Trainer) -> dict[str, Any]:
+    """The size of score head and adapter in memory; under ZeRO-3 they lie in parts, and count as unknown."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "policy", model)
+    if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
+        return {"head": None, "adapter": None}
+    return readback.norms(model)
+
+
 def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
     """The manifest's `model`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -157,12 +160,27 @@ def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
         base = adapter_base(folder)
         adapter = {"base_path": base, "base_sha256": weights_of(Path(base))}
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    merged = ctx.start is not None and Path(ctx.start) == ctx.spec.output / "base"
     return {
+        "start": _start(ctx) | {"merged": merged},
+        "base": None if adapter is None else {"path": adapter["base_path"], "weights_sha256": adapter["base_sha256"]},
+        "adapters": [] if adapter is None else ["."],
         "architecture": type(inner).__name__,
         "parameters": sum(size for size, _ in sizes),
         "trained_parameters": sum(size for size, trained in sizes if trained),
         "adapter": adapter,
     }
+
+
+def _start(ctx: Context) -> dict[str, Any]:
+    """What the stage started from: as the recipe names it, and by its weights where they are files of ours."""
+    model = ctx.model
+    if model.stage is not None:
+        theirs = runs.read_manifest(ctx.spec.parents[model.stage]) or {}
+        return {"from": f"stage:{model.stage}", "weights_sha256": theirs.get("weights_sha256")}
+    if model.path is None:
+        return {"from": "random weights", "weights_sha256": None}
+    return {"from": model.path, "revision": model.revision, "weights_sha256": weights_of(Path(model.path))}
 
 
 def weights_of(folder: Path) -> str | None:
@@ -173,40 +191,38 @@ def weights_of(folder: Path) -> str | None:
     return runs.weights_sha256(files)
 
 
-def _describe_tokenizer(ctx: Context) -> dict[str, Any]:
-    """The manifest's `tokenizer`."""
-    tokenizer = ctx.tokenizer
-    template = tokenizer.chat_template
-    return {
-        "sha256": templates.digest(tokenizer),
-        "template_sha256": None if template is None else runs.digest(template),
-        "eos_ids": templates.stop_ids(tokenizer) if template else [tokenizer.eos_token_id],
-        "pad_id": tokenizer.pad_token_id,
-        "probe_ids": _probe(tokenizer)[0].tolist(),
-    }
-
-
-def _read_back(folder: Path, ctx: Context, probe: torch.Tensor, trained: torch.Tensor) -> None:
-    """Load the written folder afresh and compare it with the model in memory on the probe.
+def _read_back(folder: Path, ctx: Context, probe: torch.Tensor, trained: torch.Tensor, sizes: dict[str, Any]) -> None:
+    """Let another process load the written folder, and compare what it found with the model in memory.
 
     Weights that went through bfloat16 on their way (ZeRO gathers 16 bits, a bfloat16 base) may differ by its rounding.
     """
-    # Rank 0 loads alone: with ZeRO-3 still declared, from_pretrained would shard and wait for the other ranks.
-    unset_hf_deepspeed_config()
-    loader = load_scorer if ctx.row.publishes == "sequence-classification" else load_policy
-    model, tokenizer = loader(folder, attention=ctx.model.attention)
-    if _probe(tokenizer).tolist() != probe.tolist():
-        raise ModelError(f"{ctx.spec.output}: the saved tokenizer gives other ids than the trained one")
-    with torch.no_grad():
-        read = _forward(model, probe)
+    scorer = ctx.row.publishes == "sequence-classification"
+    found = readback.read(folder, scorer=scorer, attention=ctx.model.attention)
+    stage, tokenizer = ctx.spec.output, ctx.tokenizer
+    described = describe(ctx.tokenizer)
+    if found["probe_ids"] != described["probe_ids"]:
+        raise ModelError(f"{stage}: the saved tokenizer gives other ids than the trained one; nothing was published")
+    if found["template"] != described["template_sha256"]:
+        raise ModelError(f"{stage}: the saved chat template is not the trained one; nothing was published")
+    stops = described["eos_ids"]
+    if found["stop_ids"] != stops or (not scorer and sorted(found["generation_eos"] or []) != stops):
+        raise ModelError(
+            f"{stage}: the saved model stops at {found['generation_eos'] or found['stop_ids']}, trained were {stops} "
+            f"({', '.join(tokenizer.convert_ids_to_tokens(stops))}); nothing was published"
+        )
+    for part, what in (("head", "score head"), ("adapter", "adapter")):
+        here, there = sizes[part], found[part]
+        if here and (not there or abs(there - here) > 0.05 * here):
+            size = "empty" if not there else f"of size {there:.4g}"
+            raise ModelError(f"{stage}: the saved {what} is {size}, in memory it has {here:.4g}; nothing was published")
     exact = ctx.compute == torch.float32 and ctx.spec.config.precision.weights == "float32"
     quantized = ctx.model.quantization is not None
     tolerance = 1e-4 if exact and not quantized else 0.05
     scale = max(1.0, float(trained.abs().max()))
-    error = float((read - trained).abs().max()) / scale
+    error = float((torch.from_numpy(found["logits"]) - trained).abs().max()) / scale
     if not error <= tolerance and not quantized:
         raise ModelError(
-            f"{ctx.spec.output}: the saved model is not the trained one: its output on a probe differs by {error:.2g} "
+            f"{stage}: the saved model is not the trained one: its output on a probe differs by {error:.2g} "
             f"(allowed {tolerance:g}); nothing was published"
         )
 
@@ -235,7 +251,7 @@ def manifest(
     """The whole manifest of a finished stage (see `pipeline/runs.py`)."""
     parents = {}
     for name, folder in spec.parents.items():
-        theirs = runs.verify_parent(folder)
+        theirs = runs.read_manifest(folder) or {}  # its files were verified when the stage began
         parents[name] = {key: theirs.get(key) for key in ("weights_sha256", "fingerprint_sha256")} | {
             "path": str(folder)
         }

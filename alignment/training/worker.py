@@ -33,9 +33,10 @@ from alignment.errors import ExitCode, Preempted, StorageError, UserError
 from alignment.models.adapters import lora_config, merge_to_folder
 from alignment.models.load import compute_dtype, is_adapter, load_config
 from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
-from alignment.pipeline import runs
+from alignment.pipeline import chains, runs
 from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
+from alignment.recipe.credentials import Masked, mask
 from alignment.recipe.load import full_train
 from alignment.training import callbacks, handoff, publish
 from alignment.training.arguments import (
@@ -56,6 +57,7 @@ PR_SET_PDEATHSIG = 1
 def main(argv: list[str]) -> int:
     """Run one stage as this launch's rank; returns the exit code of the table in `errors.py`."""
     die_with_parent()
+    sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)
     quiet()
     parser = argparse.ArgumentParser(prog="alignment.train", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a stage.yaml written by `alignment run`, or a recipe")
@@ -109,7 +111,7 @@ def run_stage(spec: StageSpec) -> int:
         outcome = {"code": error.code, "message": str(error)}
     if outcome["message"]:
         where = f" (rank {rank} on {socket.gethostname()})" if world_size() > 1 else ""
-        print(f"alignment: stage {spec.stage}: {outcome['message']}{where}", file=sys.stderr)
+        print(f"alignment: stage {spec.stage}: {mask(outcome['message'])}{where}", file=sys.stderr)
     return int(outcome["code"])
 
 
@@ -135,7 +137,9 @@ def _run(spec: StageSpec) -> None:
     started = time.monotonic()
     row = ALGORITHMS[spec.config.algorithm]
     for folder in spec.parents.values():
-        runs.verify_parent(folder)
+        if runs.read_manifest(folder) is None:
+            runs.verify_parent(folder)  # says what to do
+    chains.admit(spec)  # what was forced when the stage was planned stands in its `forced`
     compute = compute_dtype(spec.config.precision.compute)
     ctx = Context(spec=spec, say=_say, compute=compute)
     if row.config is None:

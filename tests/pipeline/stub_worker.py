@@ -43,7 +43,7 @@ def main() -> int:
         (spec.output / "model.safetensors").write_bytes(f"{spec.stage} of {spec.attempt}".encode())
         files = {name: entry for name, entry in runs.settle(spec.output).items() if name.endswith(".safetensors")}
         parents = {
-            name: {"weights_sha256": runs.verify_parent(folder)["weights_sha256"]}
+            name: {"weights_sha256": (runs.read_manifest(folder) or {})["weights_sha256"]}
             for name, folder in spec.parents.items()
         }
         runs.write_manifest(spec.output, {

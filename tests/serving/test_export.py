@@ -201,7 +201,7 @@ def test_a_quantized_base_is_refused(adapter: Callable[..., Path], tmp_path: Pat
         ({}, "holds no model"),
         ({"config.json": {"architectures": ["BertForMaskedLM"]}}, r"neither a causal LM nor .* \(BertForMaskedLM\)"),
         ({"config.json": {}}, "no architecture named"),
-        ({"config.json": []}, "a mapping was expected"),
+        ({"config.json": []}, "a JSON object was expected"),
         ({"adapter_config.json": {"task_type": "TOKEN_CLS"}}, "an adapter for TOKEN_CLS"),
     ],
 )
