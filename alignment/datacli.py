@@ -1,4 +1,4 @@
-"""The command line's group `alignment data`: check, show, prepare, convert.
+"""The command line's group `alignment data`: check, show, prepare, score, convert.
 
 Imported by `cli` when it makes its parser; what imports torch is imported inside the commands.
 """
@@ -21,7 +21,8 @@ def _check(arguments: argparse.Namespace) -> int:
     found = inspecting.check(
         arguments.paths, overrides=arguments.set, stages=arguments.stage, strict=arguments.strict,
         against=arguments.against, tokenizer=arguments.tokenizer, template=arguments.chat_template,
-        runs=arguments.runs, say=cli._silent,
+        columns=arguments.columns, format=arguments.format, subset=arguments.subset, runs=arguments.runs,
+        say=cli._silent,
     )  # fmt: skip
     for report in found:
         reports.append(report)
@@ -60,6 +61,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _score(arguments: argparse.Namespace) -> int:
+    from alignment.scoring import score
+
+    score(
+        arguments.recipe, arguments.out, overrides=arguments.set, stage=arguments.stage, model=arguments.model,
+        run=arguments.run, runs=arguments.runs, say=cli._say,
+    )  # fmt: skip
+    return 0
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     from alignment.data.convert import convert, source_of
 
@@ -90,6 +101,7 @@ def add(commands: Any) -> None:
     _add_check(group)
     _add_show(group)
     _add_prepare(group)
+    _add_score(group)
     _add_convert(group)
 
 
@@ -104,7 +116,9 @@ def _add_check(group: Any) -> None:
         "  alignment data check my/pairs.jsonl --against eval/gsm8k.jsonl",
     )  # fmt: skip
     parser.add_argument("paths", nargs="+", metavar="RECIPE|FILES", help="a recipe (.yaml), or files of rows")
-    _add_options(parser)
+    _add_set(parser)
+    _add_stages(parser)
+    _add_source(parser, "with files: ")
     parser.add_argument("--strict", action="store_true", help="exit with 1 on any finding, whatever the limits")
     parser.add_argument("--against", action="append", default=[], metavar="FILE",
                         help="an evaluation set that must not be trained on (may be repeated); those of the\n"
@@ -140,10 +154,45 @@ def _add_prepare(group: Any) -> None:
         "A run that comes after finds its tables there.\n\n  alignment data prepare recipes/quickstart.yaml",
     )  # fmt: skip
     cli._add_recipe(parser)
+    _add_stages(parser)
+    cli._add_runs(parser)
+
+
+def _add_score(group: Any) -> None:
+    parser = cli._command(
+        group, "score", _score, "write the rows of a stage with the loss that its model has on each",
+        "In TRL's conversational schema, with a column `loss`: the mean over the trained tokens; of a pair\n"
+        "-log sigmoid of how much more likely per token the chosen answer is. With OUT as source of the stage,\n"
+        "`prune: {by: loss, keep: 0.5, side: middle}` leaves out what the model knows and what no model learns.\n\n"
+        "  alignment data score my.yaml --stage sft scored.jsonl",
+    )  # fmt: skip
+    cli._add_recipe(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new .jsonl file (also .jsonl.gz, .jsonl.zst)")
+    parser.add_argument("--stage", required=True, metavar="NAME", help="the stage whose rows are scored")
+    parser.add_argument("--model", metavar="FOLDER", help="the model (default: the one that the stage starts from)")
+    parser.add_argument("--run", metavar="NAME", help="the run whose stages the model may be (default: the recipe's)")
+    cli._add_runs(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    """`--set`, where the recipe is no argument of its own."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one key of the recipe, by its full path (may be repeated)")  # fmt: skip
+
+
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    """`--stage`, of which several may be named."""
     parser.add_argument(
         "--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)"
     )
-    cli._add_runs(parser)
+
+
+def _add_source(parser: argparse.ArgumentParser, when: str) -> None:
+    """What a recipe says of a source, for a file on the command line."""
+    parser.add_argument("--format", metavar="NAME", help=f"{when}their format, where it is not to be recognised")
+    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", dest="columns",
+                        help=f"{when}our name of a column, and the file's (may be repeated)")  # fmt: skip
+    parser.add_argument("--subset", metavar="NAME", help=f"{when}which data set of a description or on the hub")
 
 
 def _add_convert(group: Any) -> None:
@@ -162,10 +211,7 @@ def _add_convert(group: Any) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a new .jsonl file (also .jsonl.gz, .jsonl.zst)")
     parser.add_argument("--to", choices=["messages", "preference", "unpaired", "prompts", "text"],
                         help="the schema to write (default: the one that suits the format)")  # fmt: skip
-    parser.add_argument("--format", metavar="NAME", help="the format of IN, where it is not to be recognised")
-    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", dest="columns",
-                        help="our name of a column, and the file's (may be repeated)")  # fmt: skip
-    parser.add_argument("--subset", metavar="NAME", help="which data set of a description or on the hub")
+    _add_source(parser, "")
     parser.add_argument("--split", default=Source.model_fields["split"].default, metavar="NAME",
                         help="split of a folder or on the hub (default: train)")  # fmt: skip
     parser.add_argument("--pairs", choices=["best-worst", "adjacent", "all"], default="best-worst",
@@ -173,11 +219,3 @@ def _add_convert(group: Any) -> None:
     parser.add_argument("--score", metavar="KEY", help="what rates such answers, where it is not the usual key")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     cli._add_json(parser)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="override one key of the recipe, by its full path (may be repeated)")  # fmt: skip

@@ -1,4 +1,4 @@
-"""`alignment data check | show | prepare`: from a recipe, or from files, to rows, tokenizers and reports.
+"""`alignment data check | show | prepare | score`: from a recipe, or from files, to rows, tokenizers and reports.
 
 The tokenizer of a stage is made as the run makes it (loaded or trained at the root of the chain, fitted to the template
 of every stage on the way, saved and read back), so that the tables prepared here are those that the run finds.
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from alignment.errors import DataError, RecipeError, UserError
 from alignment.recipe.algorithms import ALGORITHMS, Schema
-from alignment.recipe.load import full_train, load_recipe, resolve
+from alignment.recipe.load import full_train, load_recipe, max_length, resolve
 from alignment.recipe.schema import Recipe, Resolved, Source, Stage
 
 if TYPE_CHECKING:
@@ -89,13 +91,6 @@ def _reloaded(tokenizer: PreTrainedTokenizerBase, stage: Stage) -> PreTrainedTok
 # --- what to look at ------------------------------------------------------------------------------------------------
 
 
-def max_length(stage: Stage) -> int | None:
-    """The longest row in tokens, as the worker takes it."""
-    train = full_train(stage)
-    value = train.get("max_length", train.get("prompt_length"))
-    return None if value is None else int(value)
-
-
 def trained_stages(recipe: Recipe, wanted: Sequence[str]) -> list[str]:
     """The stages that learn from rows; of those wanted, or all.
 
@@ -135,7 +130,7 @@ def subjects(recipe: Recipe, names: Sequence[str], *, strict: bool, against: Seq
 
 
 def file_subject(
-    files: Sequence[str], *, strict: bool, against: Sequence[Source], tokenizer: str | None, template: str | None
+    files: Sequence[Source], *, strict: bool, against: Sequence[Source], tokenizer: str | None, template: str | None
 ) -> Subject:
     """Files as one subject; their schema is found from the first records.
 
@@ -145,13 +140,13 @@ def file_subject(
     from alignment.data.report import Subject
     from alignment.models.tokenizer import fit, load_tokenizer
 
-    kinds = {file: schema_of(Source(path=file)) for file in files}
+    kinds = {file.path: schema_of(file) for file in files}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{file} ({kind})" for file, kind in kinds.items())
         raise DataError(f"these files hold rows of different kinds: {found}; check them one by one")
     schema = next(iter(kinds.values()))
     algorithm = next(row for row in ALGORITHMS.values() if row.schema == schema)
-    data = {"train": [{"path": file} for file in files]}
+    data = {"train": [file.model_dump(exclude_unset=True) for file in files]}
     stage = Resolved.model_validate({
         "algorithm": algorithm.name, "data": data, "seed": 0, "precision": {}, "launch": {}, "checkpoints": {},
         "report_to": [], "chat_template": template,
@@ -179,8 +174,14 @@ def schema_of(source: Source) -> Schema:
 
 
 def is_recipe(path: str) -> bool:
-    """Whether a word of the command line is a recipe rather than rows."""
-    return path.endswith(RECIPES)
+    """Whether a word of the command line is a recipe rather than rows, or Axolotl's description of rows."""
+    if not path.endswith(RECIPES):
+        return False
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # which says what is wrong with it
+    return not (isinstance(content, dict) and "datasets" in content and "stages" not in content)
 
 
 # --- the commands ---------------------------------------------------------------------------------------------------
@@ -188,22 +189,27 @@ def is_recipe(path: str) -> bool:
 
 def check(
     paths: Sequence[str], *, overrides: Sequence[str], stages: Sequence[str], strict: bool, against: Sequence[str],
-    tokenizer: str | None, template: str | None, runs: Path, say: Say,
+    tokenizer: str | None, template: str | None, columns: Sequence[str], format: str | None, subset: str | None,
+    runs: Path, say: Say,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The report of each stage of a recipe, or of files, one by one."""
+    from alignment.data.convert import source_of
     from alignment.data.report import examine
 
     held_against = [Source(path=path) for path in against]
     if not any(map(is_recipe, paths)):
         if stages or overrides:
             raise RecipeError("--stage and --set belong to a recipe")
-        subject = file_subject(paths, strict=strict, against=held_against, tokenizer=tokenizer, template=template)
+        files = [source_of(path, columns=columns, format=format, subset=subset) for path in paths]
+        subject = file_subject(files, strict=strict, against=held_against, tokenizer=tokenizer, template=template)
         yield examine(subject, cache=runs / CACHE, say=say)
         return
     if len(paths) > 1:
         raise RecipeError(f"give one recipe, or files of rows; found {' '.join(paths)}")
-    if tokenizer is not None or template is not None:
-        raise RecipeError("--tokenizer and --chat-template belong to files; a recipe names its own")
+    if tokenizer is not None or template is not None or columns or format is not None or subset is not None:
+        raise RecipeError(
+            "--tokenizer, --chat-template, --column, --format and --subset belong to files; a recipe names its own"
+        )
     recipe = load_recipe(Path(paths[0]), list(overrides))
     reports: list[dict[str, Any]] = []
     for subject in subjects(recipe, trained_stages(recipe, stages), strict=strict, against=held_against):
@@ -277,7 +283,9 @@ def show(
     assert data is not None and schema is not None
     tokenizer = Tokenizers(recipe).of(stage)
     rows = report.training_rows(data, schema, resolved.seed)
-    settings = Settings(schema, max_length(resolved), data.on_overlong, resolved.seed)
+    settings = Settings(
+        schema, max_length(resolved), data.on_overlong, resolved.seed, data.on_special_token
+    )  # fmt: skip
     if schema == "text":
         if worst is not None or not row.isdecimal():
             raise RecipeError("documents are joined and cut into blocks, none is lost: give --row and a number")

@@ -5,8 +5,8 @@
 The rows are made up: transcripts of one to four turns whose lengths are those of HH-RLHF (medians of about 90 words of
 prompt and 35 of answer), of words that are as unevenly frequent as real ones. Each side runs in a process of its own:
 
-    prepare        alignment data prepare: read, check, convert, tokenize, write the table
-    again          the same once more: read, check, convert, and the table from the cache; and the table alone
+    prepare        alignment data prepare: read, check, convert, hold against `data.limits`, tokenize, write the table
+    again          the same once more, from the cache
     check          alignment data check with every check, from nothing
     trl            DPOTrainer's `_prepare_dataset` (one process, as ours), on the conversations as a data set; reading
                    and converting the transcripts is not counted
@@ -77,7 +77,7 @@ def tokenizer(folder: Path, rows: Path) -> None:
 
 def ours(side: str, folder: Path) -> dict[str, Any]:
     """Time our side; imports and the tokenizer are not counted."""
-    from alignment.data.prepare import _open, prepare
+    from alignment.data.prepare import prepare
     from alignment.data.report import Subject, examine
     from alignment.models.tokenizer import load_tokenizer
     from alignment.recipe.schema import Source, Stage
@@ -104,10 +104,6 @@ def ours(side: str, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
         found["kept"] = len(made.train)
     found["seconds"], found["processor"] = time.perf_counter() - start, time.process_time() - processor
-    if side == "again":
-        start = time.perf_counter()
-        _open(cache / "tokens" / made.report["train"]["key"])
-        found["table_seconds"] = time.perf_counter() - start
     return found
 
 
@@ -158,7 +154,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep rows and tokenizer here, and take those that are there")
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES, help="sides to run (default: all)")
     given = parser.parse_args()
     if given.side:
         found = trl(given.folder) if given.side == "trl" else ours(given.side, given.folder)
@@ -166,20 +163,21 @@ def main() -> None:
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        generate(folder / "rows.jsonl", given.rows)
-        generate(folder / "exam.jsonl", min(1000, given.rows), seed=1)
-        tokenizer(folder / "tokenizer", folder / "rows.jsonl")
+        folder = given.folder or Path(name)
+        if not (folder / "tokenizer").exists():
+            folder.mkdir(exist_ok=True)
+            generate(folder / "rows.jsonl", given.rows)
+            generate(folder / "exam.jsonl", min(1000, given.rows), seed=1)
+            tokenizer(folder / "tokenizer", folder / "rows.jsonl")
         print(f"{given.rows:,} pairs, {(folder / 'rows.jsonl').stat().st_size / 2**20:.0f} MiB\n")
         print("| side | seconds | rows per second | processor seconds | memory |\n|---|---|---|---|---|", flush=True)
-        for side in SIDES:
+        for side in given.only:
             found = _run(side, folder, given.threads)
             seconds, processor, memory = found["seconds"], found["processor"], found["memory_mib"]
             rate = f"{given.rows / seconds:,.0f}"
             print(f"| {side} | {seconds:.1f} | {rate} | {processor:.1f} | {memory:,.0f} MiB |", flush=True)
-            for key in ("table_seconds", "findings"):
-                if key in found:
-                    print(f"  {side}: {key.replace('_', ' ')}: {found[key]}", file=sys.stderr)
+            if "findings" in found:
+                print(f"  {side}: findings: {found['findings']}", file=sys.stderr)
 
 
 def _run(side: str, folder: Path, threads: int) -> dict[str, Any]:

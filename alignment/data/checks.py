@@ -45,7 +45,7 @@ REASONS: dict[str, str] = {
     "template-refused": "the chat template failed on this row",
     "answer-not-found": "the chat template changed the answer: its tokens cannot be told from the prompt's",
     "prompt-not-prefix": "the tokens of the prompt alone and of prompt and answer differ before the answer",
-    "overlong": "more tokens than train.max_length, and data.on_overlong is drop",
+    "overlong": "more tokens than train.max_length: data.on_overlong is drop, or could not shorten it enough",
     "emptied-by-truncation": "nothing of the answer is left within train.max_length",
     "equal-after-truncation": "chosen and rejected are the same tokens within train.max_length",
     "too-few-answers": "fewer than two answers to compare",

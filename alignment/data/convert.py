@@ -52,13 +52,13 @@ def convert(source: Source, out: Path, *, schema: Schema | None, strict: bool, s
         DataError: unreadable, of no known format, without a usable row; OUT exists, or is no JSON Lines file.
         StorageError: OUT cannot be written.
     """
-    _refuse(out)
+    refuse(out)
     opened = open_source(source, schema)
     say(f"{opened.name}: {opened.says}: {opened.why}")
     tally = Tally(opened.name, opened.says)
     written = 0
     try:
-        with _writer(out) as stream:
+        with writer(out) as stream:
             for line in _lines(opened, tally, strict):
                 stream.write(line)
                 written += 1
@@ -81,7 +81,8 @@ def convert(source: Source, out: Path, *, schema: Schema | None, strict: bool, s
     }
 
 
-def _refuse(out: Path) -> None:
+def refuse(out: Path) -> None:
+    """Refuse a name that is no JSON Lines file's, or is taken. Raises DataError."""
     if not out.name.endswith(ENDINGS):
         hint = did_you_mean("".join(out.suffixes[-2:]), ENDINGS)
         raise DataError(f"{display(out)}: is written as JSON Lines; name it {', '.join(ENDINGS)}{hint}")
@@ -123,7 +124,7 @@ def _plain(value: Any) -> str:
 
 
 @contextmanager
-def _writer(out: Path) -> Iterator[IO[bytes]]:
+def writer(out: Path) -> Iterator[IO[bytes]]:
     """A file beside its place, which is renamed there when all is written and on disk."""
     handle, beside = tempfile.mkstemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent)
     try:

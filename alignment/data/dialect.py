@@ -43,6 +43,7 @@ BARE = """\
 CONTROL = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?[A-Z_]{3,}\]|</?s>|<<?/?SYS>>?|<\w+_of_\w+>")
 # What a template does with a row it cannot take: its own raise_exception, and plain Python errors inside Jinja.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+ROUNDS = 4  # of breaking control strings: what is left after them is refused
 START, END = "\ue000", "\ue001"  # private-use characters, which no template knows
 MARK = re.compile(f"{START}\\d+{END}")
 
@@ -89,9 +90,20 @@ class Dialect:
     # --- rendering ---
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages as the template takes them: where it does not know `tool_calls`, a call is written as its JSON."""
-        if "tool_calls" in self.jinja or not any(message.get("tool_calls") for message in messages):
+        """Messages as the template takes them.
+
+        Where it does not know `tool_calls`, a call is written as its JSON. Where it writes calls only beside a content
+        that is null (DeepSeek's), an empty content becomes that.
+        """
+        if not any(message.get("tool_calls") for message in messages):
             return list(messages)
+        if "tool_calls" in self.jinja:
+            if not self._null_content:
+                return list(messages)
+            return [
+                {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
+                for message in messages
+            ]
         adapted = []
         for message in messages:
             if calls := message.get("tool_calls"):
@@ -138,7 +150,7 @@ class Dialect:
         else:
             plain = not tools and not any(message.get("tool_calls") for message in messages)
             spans = (self._by_skeleton(text, messages) if plain else None) or self._by_prefix(text, messages, tools)
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        answers = [message["content"] or "" for message in messages if message["role"] == "assistant"]
         if len(spans) != len(answers) or any(
             answer.rpartition("</think>")[2].strip() not in text[start:end]  # thoughts may be left out or moved
             for answer, (start, end) in zip(answers, spans, strict=False)
@@ -243,6 +255,20 @@ class Dialect:
         return ""
 
     @cached_property
+    def _null_content(self) -> bool:
+        """Whether the template writes a call beside a content that is null, and none beside an empty one."""
+
+        def written(content: str | None) -> bool:
+            call = {"type": "function", "function": {"name": f"{START}f{END}", "arguments": {}}}
+            turns = [*_marked(["user"]), {"role": "assistant", "content": content, "tool_calls": [call]}]
+            try:
+                return f"{START}f{END}" in self._render(turns, None, False)[0]
+            except Defect:
+                return False
+
+        return not written("") and written(None)
+
+    @cached_property
     def writes_system(self) -> bool:
         """Whether a system turn reaches the text."""
         return f"{START}0{END}" in (self._probe("system", "user") or "")
@@ -275,6 +301,19 @@ class Dialect:
                 raise Defect("special-token-in-content", repr(found.group()))
         if messages[0]["role"] == "system" and not self.writes_system:
             raise Defect("system-turn-refused")
+
+    def neutral(self, text: str, *, document: bool = False) -> str:
+        """A text whose control strings open and end no turn any more: each with a space before its last character.
+
+        `<|im_end|>` becomes `<|im_end| >`, `[INST]` becomes `[INST ]`: a person reads the same, the template's tokens
+        are not in it.
+        """
+        pattern = self._special_tokens if document else self._control
+        for _ in range(ROUNDS):
+            if not pattern.search(text):
+                break
+            text = pattern.sub(lambda found: f"{found.group()[:-1]} {found.group()[-1]}", text)
+        return text
 
     def check_text(self, text: str) -> None:
         """Refuse a document that holds a special token."""

@@ -1,9 +1,9 @@
 """Rows that repeat others: exact and near duplicates, rows held out that were learnt, evaluation sets in the training
 rows.
 
-`Memory` keeps what is needed of rows that go by in batches: hashes, no text (some 500 bytes for a pair). Two rows are
-exact duplicates when they hold the same turns, near duplicates when each of their parts (prompt, answer, ...) shares
-four fifths of its three-word shingles, as MinHash estimates it.
+`Memory` keeps what is needed of rows that go by in batches: hashes, no text (some 600 bytes on disk for a pair). Two
+rows are exact duplicates when they hold the same turns, near duplicates when each of their parts (prompt, answer, ...)
+shares four fifths of its three-word shingles, as MinHash estimates it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignment.data import words
+from alignment.data.spool import Numbers, Spool
 from alignment.data.words import Hashed, Index, Short, Words
 
 NEAR = 0.8
@@ -62,50 +63,59 @@ def _turn(turn: Row) -> list[Any]:
     return [turn["role"], turn["content"], turn.get("tool_calls"), turn.get("reasoning_content")]
 
 
-@dataclass
 class Memory:
-    """What is kept of the rows of a split."""
+    """What is kept of the rows of a split: of each some 12 bytes in memory, and hashes in temporary files."""
 
-    schema: str
-    where: list[str] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    _exact: list[int] = field(default_factory=list)
-    _parts: list[Words] = field(default_factory=list)
-    _signatures: list[Short] = field(default_factory=list)
-    _bands: list[Words] = field(default_factory=list)
+    def __init__(self, schema: str) -> None:
+        count = len(PARTS[schema])
+        self.schema = schema
+        self.where: Spool[str] = Spool()
+        self._sources, self._exact = Numbers(np.int32), Numbers(np.uint64)
+        self._parts, self._signatures = Numbers(np.uint64, count), Numbers(np.uint16, count, words.HASHES)
+        self._bands = [Numbers(np.uint64) for _ in range(words.BANDS)]
 
     def add(self, rows: Sequence[Row], where: Sequence[str], source: int, found: Hashed) -> None:
         """Remember a batch of rows; `found` are their hashed parts."""
-        count = len(PARTS[self.schema])
-        signatures, bands = words.signatures(found, count)
-        self.where += where
-        self.sources += [source] * len(rows)
-        self._exact += [exact(row, self.schema) for row in rows]
-        self._parts.append(words.part_digests(found).reshape(-1, count))
-        self._signatures.append(signatures)
-        self._bands.append(bands)
+        signatures, bands = words.signatures(found, len(PARTS[self.schema]))
+        self.where.extend(where)
+        self._sources.add([source] * len(rows))
+        self._exact.add([exact(row, self.schema) for row in rows])
+        self._parts.add(words.part_digests(found))
+        self._signatures.add(signatures)
+        for numbers, band in zip(self._bands, bands.T, strict=True):
+            numbers.add(band)
 
     def __len__(self) -> int:
         return len(self.where)
 
     @property
+    def sources(self) -> Index:
+        """(N,) the index of the source of each row."""
+        found: Index = self._sources.array
+        return found
+
+    @property
     def exact(self) -> Words:
-        return np.array(self._exact, np.uint64)
+        """(N,) a hash of each row, to the letter."""
+        found: Words = self._exact.array
+        return found
 
     @property
     def parts(self) -> Words:
         """(N, parts) digests of the parts, without regard to case and punctuation."""
-        return np.concatenate(self._parts) if self._parts else np.empty((0, len(PARTS[self.schema])), np.uint64)
+        found: Words = self._parts.array
+        return found
 
     @property
     def signatures(self) -> Short:
-        if not self._signatures:
-            return np.empty((0, len(PARTS[self.schema]), words.HASHES), np.uint16)
-        return np.concatenate(self._signatures)
+        """(N, parts, HASHES) MinHash signatures of the parts."""
+        found: Short = self._signatures.array
+        return found
 
-    @property
-    def bands(self) -> Words:
-        return np.concatenate(self._bands) if self._bands else np.empty((0, words.BANDS), np.uint64)
+    def band(self, index: int) -> Words:
+        """(N,) the keys of one band."""
+        found: Words = self._bands[index].array
+        return found
 
 
 # --- within one split -----------------------------------------------------------------------------------------------
@@ -123,11 +133,12 @@ def near_first(memory: Memory) -> Index:
 
     Rows of one bucket of a band are compared with the first of it and with the one before them.
     """
-    signatures, bands = memory.signatures, memory.bands
+    signatures = memory.signatures
     nearest = np.arange(len(memory))
     for band in range(words.BANDS):
-        order = np.argsort(bands[:, band], kind="stable")
-        keys = bands[order, band]
+        keys = memory.band(band)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
         same = np.concatenate([[False], keys[1:] == keys[:-1]])
         begin = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
         at = np.flatnonzero(same)

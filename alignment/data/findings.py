@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from alignment.recipe.schema import DataLimits
 
 Limit = Callable[[str], float | None]  # the largest share that `data.limits` allows a check
 PLACES = 20  # rows that a finding names; its count is of all
@@ -58,6 +60,27 @@ class Finding:
             "rows": list(self.rows), "values": self.values, "limit": self.limit, "limit_passed": self.passed_limit,
         }  # fmt: skip
         return found
+
+
+def limit_of(limits: DataLimits, *, strict: bool = False) -> Limit:
+    """The largest share that each check may see; with `strict`, none may see anything."""
+
+    def limit(check: str) -> float | None:
+        found: float | None = 0.0 if strict else getattr(limits, check.replace("-", "_"), None)
+        return found
+
+    return limit
+
+
+def line(finding: Mapping[str, Any]) -> str:
+    """A finding (as `as_dict` gives it) in one line: how many, of what, and the limit that it passes."""
+    if finding["check"] == "template-proof":
+        return str(finding["says"])
+    share = f" ({100 * finding['share']:.1f} %)" if finding["of"] > 1 else ""
+    text = f"{finding['count']:,}{share} {finding['says']}"
+    if finding["limit_passed"]:
+        text += f". LIMIT PASSED (data.limits.{finding['check'].replace('-', '_')}: {finding['limit']:g})"
+    return text
 
 
 @dataclass

@@ -334,7 +334,7 @@ def _recognised(sample: Sequence[Mapping[str, Any]], known: Sequence[Format], ro
         wants = "; or ".join(f"{candidate.wants} [{candidate.name}]" for candidate in known)
         raise DataError(
             f"{source}: columns {', '.join(found)} fit no format of {rows}; wanted: {wants}. "
-            "Map them with `columns`, which takes our name: the file's"
+            "Map them with `columns`, our name: the file's (on the command line: --column prompt=question)"
         )
     tied = [candidate for candidate in known if fits[candidate.name] == best]
     closest = [candidate for candidate in tied if candidate.gives == tied[0].gives]

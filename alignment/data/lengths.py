@@ -25,6 +25,7 @@ GROUP = 50  # batches that Transformers sorts together for `group_by_length`
 SAMPLE = 1000  # texts whose tokens are counted by script
 SCRIPTS = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Sizes = np.ndarray[Any, np.dtype[np.int32]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -34,16 +35,16 @@ class Counts:
 
     Attributes:
         lengths: (N,) tokens of the longest sequence of each row; sequences: of all of them, padded together.
-        rows: (N,) the row that each was made from.
+        rows: how many there are.
         tokens, trained: of all rows.
         answers, stopped: trained runs of tokens, and those that end with a stop token.
         unstopped, untrained, doubled: rows with an answer without stop, without a trained token, with two BOS first.
         bos: how many rows hold how many BOS tokens.
     """
 
-    lengths: list[Ints] = field(default_factory=list)
-    sequences: list[Ints] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    lengths: list[Sizes] = field(default_factory=list)
+    sequences: list[Sizes] = field(default_factory=list)
+    rows: int = 0
     tokens: int = 0
     trained: int = 0
     answers: int = 0
@@ -65,7 +66,7 @@ def count(table: datasets.Dataset, stops: Sequence[int], bos: int | None) -> Cou
     for batch in table.with_format("arrow").iter(BATCH):
         columns = {name: batch.column(name).combine_chunks() for name in batch.column_names}
         rows = columns["row"].to_numpy()
-        counts.rows += rows.tolist()
+        counts.rows += len(rows)
         first = columns["input_ids" if "input_ids" in columns else "prompt_ids"]
         if "labels" in columns:
             _count_labels(columns, rows, np.asarray(stops), counts)
@@ -91,8 +92,8 @@ def _count_labels(columns: Mapping[str, pa.Array], rows: Ints, stops: Ints, coun
     ends = trained & np.append(~trained[1:] | (owner[1:] != owner[:-1]), True)
     stopped = np.isin(labels[ends], stops)
     per_row = np.bincount(owner[trained], minlength=len(rows))
-    counts.lengths.append(sizes)
-    counts.sequences.append(sizes[:, None])
+    counts.lengths.append(sizes.astype(np.int32))
+    counts.sequences.append(counts.lengths[-1][:, None])
     counts.tokens += len(labels)
     counts.trained += int(trained.sum())
     counts.answers += len(stopped)
@@ -105,7 +106,7 @@ def _count_answers(columns: Mapping[str, pa.Array], rows: Ints, stops: Ints, cou
     prompts = columns["prompt_ids"].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     answers = [columns[name] for name in ANSWERS if name in columns]
     sizes = [answer.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64) for answer in answers]
-    counts.sequences.append(np.stack([prompts + size for size in sizes] or [prompts], axis=1))
+    counts.sequences.append(np.stack([prompts + size for size in sizes] or [prompts], axis=1).astype(np.int32))
     counts.lengths.append(counts.sequences[-1].max(axis=1))
     counts.tokens += int(prompts.sum() + sum(int(size.sum()) for size in sizes))
     counts.trained += sum(int(size.sum()) for size in sizes)
@@ -136,7 +137,7 @@ def _count_bos(column: pa.Array, rows: Ints, bos: int, counts: Counts) -> None:
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
-def padding(sequences: Ints, per_device: int, seed: int, *, grouped: bool) -> float:
+def padding(sequences: Ints | Sizes, per_device: int, seed: int, *, grouped: bool) -> float:
     """The share of the positions that is padding, when rows are drawn in random order and padded per forward pass.
 
     Args:
@@ -151,7 +152,7 @@ def padding(sequences: Ints, per_device: int, seed: int, *, grouped: bool) -> fl
         shuffled = np.concatenate([piece[np.argsort(-piece.max(axis=1), kind="stable")] for piece in pieces])
     longest = np.maximum.reduceat(shuffled.max(axis=1), np.arange(0, len(shuffled), per_device))
     rows: Ints = np.diff(np.append(np.arange(0, len(shuffled), per_device), len(shuffled)))
-    return float(1 - shuffled.sum() / (longest * rows * sequences.shape[1]).sum())
+    return float(1 - shuffled.sum(dtype=np.int64) / (longest * rows * sequences.shape[1]).sum())
 
 
 def packed(lengths: Iterable[int], size: int) -> int:
@@ -239,7 +240,7 @@ def summary(
 
 def findings(counts: Counts, schema: str, where: Sequence[str], limit: Limit) -> Iterator[Finding]:
     """What is wrong with a table; `where` says where each row stands."""
-    total = len(counts.rows)
+    total = counts.rows
 
     def of(check: str, rows: Sequence[int], says: str) -> Finding:
         return Finding(check, len(rows), total, says, tuple(where[row] for row in rows[:PLACES]), {}, limit(check))

@@ -5,15 +5,16 @@ What is left out is counted in the `Account` of its source: defects, which `data
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from alignment.data import remedies, sources
+import numpy as np
+
+from alignment.data import languages, remedies, sources
 from alignment.data.checks import Defect, check_row
 from alignment.data.opened import Opened, open_source, rows_of
-from alignment.data.remedies import Account, Found
+from alignment.data.remedies import Account, Found, Numbers, Rows
 from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
 from alignment.recipe.schema import Data, DataLimits, Source
@@ -44,35 +45,29 @@ class Loading:
         return None if self.held_out else self.data
 
 
-def load(wanted: Sequence[Source], how: Loading) -> tuple[list[Found], list[Account]]:
+def load(wanted: Sequence[Source], how: Loading) -> tuple[Rows, list[Account]]:
     """The rows of the sources in their order, and what became of the others.
 
     Raises:
         DataError: a damaged file, wrong columns, or more defective rows than `limits` allow.
+        StorageError: there is no room for the rows in the temporary folder.
     """
-    parts, accounts, counts = [], [], []
-    for index, source in enumerate(wanted):
-        opened = opened_for(source, how)
-        account = Account(opened.name, opened.says)
-        found = list(usable(opened, index, how, account))
-        how.say(f"{account.source}: {account.rows_in:,} rows, detected {account.format}: {opened.why}")
-        if account.defective:
-            share = account.defective / account.rows_in
-            how.say(f"{account.source}: dropped {account.defective:,} ({share:.1%}): {account.summary()}")
-        account.enforce(how.limits.dropped, how.strict)
-        if not found:
-            raise DataError(f"{account.source}: no usable row: {account.summary()}")
-        parts.append(found)
-        accounts.append(account)
-        counts.append(opened.source.rows)
+    if how.remedies is not None and how.remedies.filter is not None:
+        languages.require(how.remedies.filter.languages or ())
+    accounts: list[Account] = []
+    counts: list[int | None] = []
+    rows = Rows.of(
+        found for index, source in enumerate(wanted) for found in _read(source, index, how, accounts, counts)
+    )
     if how.remedies is not None:
-        parts = remedies.thin(parts, accounts, how.remedies, how.seed)
+        rows = remedies.thin(rows, accounts, how.remedies, how.seed)
+    parts = [np.flatnonzero(rows.sources == index) for index in range(len(wanted))]
     for index, count in enumerate(counts):
         if count is not None:
             if count > len(parts[index]):
                 how.say(f"{accounts[index].source}: {count:,} rows asked for, {len(parts[index]):,} there")
-            parts[index] = sources.take(parts[index], count, how.seed, "rows", index)
-    rows = _mixed(parts, wanted, accounts, how)
+            parts[index] = parts[index][sources.take(range(len(parts[index])), count, how.seed, "rows", index)]
+    rows = rows.pick(_mixed(parts, wanted, accounts, how))
     if how.remedies is not None and how.remedies.balance is not None:
         rows = remedies.balanced(rows, how.remedies.balance, accounts, how.seed)
     for account in accounts:
@@ -82,14 +77,34 @@ def load(wanted: Sequence[Source], how: Loading) -> tuple[list[Found], list[Acco
     return rows, accounts
 
 
-def _mixed(
-    parts: list[list[Found]], wanted: Sequence[Source], accounts: Sequence[Account], how: Loading
-) -> list[Found]:
-    mixed = sources.mix(parts, [source.weight for source in wanted], how.seed)
+def _read(
+    source: Source, index: int, how: Loading, accounts: list[Account], counts: list[int | None]
+) -> Iterator[Found]:
+    """The usable rows of one source; its account, and how many rows it asks for, are added to the lists."""
+    opened = opened_for(source, how)
+    account = Account(opened.name, opened.says)
+    accounts.append(account)
+    counts.append(opened.source.rows)
+    count = 0
+    for count, found in enumerate(usable(opened, index, how, account), 1):  # noqa: B007
+        yield found
+    how.say(f"{account.source}: {account.rows_in:,} rows, detected {account.format}: {opened.why}")
+    if account.defective:
+        share = account.defective / account.rows_in
+        how.say(f"{account.source}: dropped {account.defective:,} ({share:.1%}): {account.summary()}")
+    account.enforce(how.limits.dropped, how.strict)
+    if not count:
+        raise DataError(f"{account.source}: no usable row: {account.summary()}")
+
+
+def _mixed(parts: list[Numbers], wanted: Sequence[Source], accounts: Sequence[Account], how: Loading) -> Numbers:
+    """The places of the rows of a mixture, source by source."""
     if any(source.weight is not None for source in wanted):
+        mixed = sources.mix([range(len(part)) for part in parts], [source.weight for source in wanted], how.seed)
         shares = ", ".join(f"{account.source} {len(part):,}" for account, part in zip(accounts, mixed, strict=True))
         how.say(f"mixture of {sum(map(len, mixed)):,} rows: {shares}")
-    return list(itertools.chain.from_iterable(mixed))
+        parts = [part[chosen] for part, chosen in zip(parts, mixed, strict=True)]
+    return np.concatenate(parts)
 
 
 def _tell_remedies(account: Account, say: Say) -> None:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from alignment.data.findings import line
+
 WIDTH = 110
 SHOWN = 4  # places of a finding that are printed; JSON has more
 
@@ -167,16 +169,9 @@ def _pair_text(pairs: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _finding(finding: Mapping[str, Any]) -> list[str]:
-    count = f"{finding['count']:,}" + (f" ({_percent(finding['share'])})" if finding["of"] > 1 else "")
-    text = finding["says"] if finding["check"] == "template-proof" else f"{count} {finding['says']}"
-    if finding["limit_passed"]:
-        key = finding["check"].replace("-", "_")
-        text += (
-            f". LIMIT PASSED (data.limits.{key}: {finding['limit']:g})" if finding["check"] != "template-proof" else ""
-        )
     mark = "!" if finding["limit_passed"] else "-"
     first = textwrap.wrap(
-        text, WIDTH, initial_indent=f"  {mark} {finding['check']:<24}  ", subsequent_indent=" " * 30,
+        line(finding), WIDTH, initial_indent=f"  {mark} {finding['check']:<24}  ", subsequent_indent=" " * 30,
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
     places = finding["rows"][:SHOWN]

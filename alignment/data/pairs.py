@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from alignment.data import words
 from alignment.data.duplicates import NEAR, Memory
 from alignment.data.findings import PLACES, Finding, Limit, Share, wilson
 from alignment.data.remedies import as_number
+from alignment.data.spool import Numbers
 from alignment.data.words import Hashed, Index, Words
 
 FEATURES = 2**15  # buckets of the bag of words
@@ -26,8 +27,13 @@ ENOUGH = 50  # pairs below which no bias is claimed
 BIASED = 0.6  # accuracy from which on one glance at the length, or at the form, says too much
 SEPARABLE = 0.9
 OPENING = 3  # words
+OPENINGS = 400_000  # different ones that are counted at a time
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("gold_chosen", "gold_rejected"))
+RANKS = ("rank_chosen", "rank_rejected")  # 1 is the best
 RATERS = ("rater", "annotator", "annotator_id", "worker", "worker_id")
+
+Ints: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"
+Buckets: TypeAlias = "np.ndarray[Any, np.dtype[np.uint16]]"
 
 FORMS: dict[str, re.Pattern[str]] = {
     "list": re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE),
@@ -64,7 +70,7 @@ def _numbers(row: Mapping[str, Any]) -> float | None:
     margin = as_number(row.get("margin"))
     if margin is not None:
         return margin
-    for chosen, rejected in SCORES:
+    for chosen, rejected in (*SCORES, RANKS[::-1]):
         one, two = as_number(row.get(chosen)), as_number(row.get(rejected))
         if one is not None and two is not None:
             return one - two
@@ -75,26 +81,33 @@ def _numbers(row: Mapping[str, Any]) -> float | None:
 class Pairs:
     """What is kept of the pairs that went by; one instance for all sources of a split."""
 
-    lengths: list[tuple[int, int]] = field(default_factory=list)  # characters of chosen, rejected
+    lengths: Numbers = field(default_factory=lambda: Numbers(np.int32, 2))  # characters of chosen, rejected
     openings: tuple[Counter[str], Counter[str]] = field(default_factory=lambda: (Counter(), Counter()))
     form: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.zeros((len(FORMS), 2), np.int64))
-    margins: list[float | None] = field(default_factory=list)
-    raters: list[str | None] = field(default_factory=list)
-    _bags: list[tuple[Index, Words]] = field(default_factory=list)  # per batch: row of each word (signed), bucket
+    margins: Numbers = field(default_factory=lambda: Numbers(np.float64))  # NaN where a row has none
+    raters: set[str] = field(default_factory=set)
+    _bags: list[tuple[Ints, Buckets]] = field(default_factory=list)  # per batch: row of each word (signed), bucket
     _learnt: int = 0
 
     def add(self, rows: Sequence[Mapping[str, Any]], found: Hashed) -> None:
         """Take a batch of pairs; `found` are their hashed parts (prompt, chosen, rejected)."""
+        sizes, margins = [], []
         for row in rows:
             chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-            self.lengths.append((len(chosen), len(rejected)))
+            sizes.append((len(chosen), len(rejected)))
             for counter, text in zip(self.openings, (chosen, rejected), strict=True):
                 counter[opening(text)] += 1
             ours, theirs = np.array(forms(chosen)), np.array(forms(rejected))
             self.form[:, 0] += ours & ~theirs
             self.form[:, 1] += theirs & ~ours
-            self.margins.append(_numbers(row))
-            self.raters.append(next((str(row[name]) for name in RATERS if row.get(name) is not None), None))
+            margin = _numbers(row)
+            margins.append(np.nan if margin is None else margin)
+            rater = next((row[name] for name in RATERS if row.get(name) is not None), None)
+            if rater is not None:
+                self.raters.add(str(rater))
+        self.lengths.add(sizes)
+        self.margins.add(margins)
+        _forget_rare(self.openings)
         self._bag(found)
 
     def _bag(self, found: Hashed) -> None:
@@ -109,19 +122,19 @@ class Pairs:
         )
         owner = (keys // np.uint64(FEATURES)).astype(np.int64)
         signed = np.where(owner % 3 == 1, 1, -1) * (owner // 3 + 1 + self._learnt)
-        self._bags.append((signed, keys % np.uint64(FEATURES)))
+        self._bags.append((signed.astype(np.int32), (keys % np.uint64(FEATURES)).astype(np.uint16)))
         self._learnt += min(room, (len(found.parts) - 1) // 3)
 
     # --- what it came to ---
 
     def longer_wins(self) -> Share:
         """The share of pairs in which the longer answer (in characters) is the chosen one; equal ones left out."""
-        chosen, rejected = np.array(self.lengths).reshape(-1, 2).T
+        chosen, rejected = self.lengths.array.astype(np.int64).T
         return wilson(int((chosen > rejected).sum()), int((chosen != rejected).sum()))
 
     def length_only(self, prompts: Words) -> Share:
         """Accuracy of a classifier that sees which answer is longer, and learns on one half which to prefer."""
-        chosen, rejected = np.array(self.lengths).reshape(-1, 2).T
+        chosen, rejected = self.lengths.array.astype(np.int64).T
         sign = np.sign(chosen - rejected)
         half = _halves(prompts)
         right = 0.0
@@ -136,7 +149,7 @@ class Pairs:
         if not self._learnt:
             return wilson(0, 0)
         signed = np.concatenate([signed for signed, _ in self._bags])
-        bucket = np.concatenate([bucket for _, bucket in self._bags]).astype(np.int64)
+        bucket = np.concatenate([bucket for _, bucket in self._bags])
         row, chosen = np.abs(signed) - 1, signed > 0
         half = _halves(prompts[: self._learnt])
         right = 0.0
@@ -176,6 +189,16 @@ class Pairs:
             for name, share in shares.items()
             if share.of >= ENOUGH and (share.low > BIASED or share.high < 1 - BIASED)
         }
+
+
+def _forget_rare(counters: tuple[Counter[str], Counter[str]]) -> None:
+    """Keep memory flat: beyond `OPENINGS` different ones, those seen least often are forgotten (they begin again)."""
+    least = 1
+    while sum(map(len, counters)) > OPENINGS:
+        for counter in counters:
+            for text in [text for text, count in counter.items() if count <= least]:
+                del counter[text]
+        least *= 2
 
 
 def _surprise(most: int, of: int) -> float:
@@ -231,7 +254,8 @@ def summary(pairs: Pairs, memory: Memory) -> dict[str, Any]:
     """The numbers of the pairs, for JSON and for the page."""
     prompts = memory.parts[:, 0]
     found = votes(memory)
-    margins = np.array([margin for margin in pairs.margins if margin is not None])
+    margins = pairs.margins.array
+    margins = margins[~np.isnan(margins)]
     summary: dict[str, Any] = {
         "pairs": len(memory),
         "prompts": len(np.unique(prompts)),
@@ -245,13 +269,12 @@ def summary(pairs: Pairs, memory: Memory) -> dict[str, Any]:
             "rows": len(margins), "p5": float(p5), "p50": float(p50), "p95": float(p95),
             "zero": int((margins == 0).sum()), "negative": int((margins < 0).sum()),
         }  # fmt: skip
-    if found.compared and (len(found.contradicted) or any(pairs.raters)):  # without either these are plain repeats
+    if found.compared and (len(found.contradicted) or pairs.raters):  # without either these are plain repeats
         agreement = found.agree / found.compared
-        raters = len({rater for rater in pairs.raters if rater is not None})
         # The order inside a pair is arbitrary, so two raters who guess agree half of the time.
         summary["agreement"] = {
             "pairs_with_several_votes": found.several, "agreement": agreement, "kappa": 2 * agreement - 1,
-            "raters": raters or None,
+            "raters": len(pairs.raters) or None,
         }  # fmt: skip
     return summary
 
@@ -273,7 +296,7 @@ def findings(pairs: Pairs, memory: Memory, limit: Limit) -> Iterator[Finding]:
     contradicted = votes(memory).contradicted
     if len(contradicted):
         yield of("contradictory", contradicted, "say A over B where another row says B over A, for the same prompt")
-    margins = np.array([np.nan if margin is None else margin for margin in pairs.margins])
+    margins = pairs.margins.array
     if len(negative := np.flatnonzero(margins < 0)):
         yield of("negative-margin", negative, "prefer the answer that their own scores call worse")
     if len(zero := np.flatnonzero(margins == 0)):

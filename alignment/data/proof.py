@@ -284,7 +284,7 @@ def _answer(
     ahead, behind = marked.split(SENTINEL)
     if not text.startswith(ahead):  # what stands before an answer may follow from its content: thoughts
         thought = next((at for at, (a, b) in enumerate(zip(ahead, text, strict=False)) if a != b), len(ahead))
-        at = text.find(messages[index]["content"].rpartition("</think>")[2].strip(), thought)
+        at = text.find((messages[index]["content"] or "").rpartition("</think>")[2].strip(), thought)
         return None if at < 0 or not text.endswith(behind) else (at, len(text) - len(behind))
     if not text.endswith(behind) or len(ahead) + len(behind) > len(text):
         return None

@@ -8,24 +8,31 @@ alone; `augment` comes after `eval_fraction` has taken its rows, so that no copy
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias, overload
 
-from alignment.data import sources
+import numpy as np
+
+from alignment.data import languages, sources
 from alignment.data.checks import CHOSEN_BY_USER, Defect, Message, Tally, check_row, strings
 from alignment.data.hooks import load_hook
+from alignment.data.spool import Spool
 from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
 from alignment.recipe.schema import SCRIPTS, Balance, Data, Filter, Prune, Range
 
 Row = dict[str, Any]
+Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+Flags: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 
 # Why a remedy takes a row; the report and the log use these words beside those of `checks.REASONS`.
 TAKEN: dict[str, str] = {
@@ -33,6 +40,7 @@ TAKEN: dict[str, str] = {
     "filtered-column": "a column whose value data.filter.columns does not let through, or that is not there",
     "filtered-pattern": "text that data.filter.matches wants and that is absent, or that data.filter.excludes found",
     "filtered-script": "letters of other scripts than data.filter.scripts",
+    "filtered-language": "an answer in another language than data.filter.languages",
     "duplicate": "the same row, or the same prompt, stands earlier (data.dedupe)",
     "pruned": "outside the share that data.prune keeps",
     "prune-no-number": "no number in the column that data.prune looks at",
@@ -147,6 +155,10 @@ def filtered(row: Row, wanted: Filter) -> str | None:
         return "filtered-pattern"
     if wanted.scripts is not None and not _in_scripts("\n".join(said), wanted.scripts):
         return "filtered-script"
+    if wanted.languages is not None:
+        found = languages.of("\n".join(_answers(row)))
+        if found is not None and found not in wanted.languages:
+            return "filtered-language"
     return None
 
 
@@ -181,42 +193,80 @@ def _in_scripts(text: str, names: Sequence[str]) -> bool:
 # --- over all rows --------------------------------------------------------------------------------------------------
 
 
+class Rows(Sequence[Found]):
+    """Rows in a spool, of which some are chosen, in an order: 20 bytes of memory for each, and none of their text.
+
+    A slice is again such a choice. `add` is for the one who fills the spool.
+    """
+
+    def __init__(self, spool: Spool[tuple[Row, str, Row]], sources: array[int], chosen: Numbers) -> None:
+        self._spool, self._sources, self._chosen = spool, sources, chosen
+
+    @classmethod
+    def of(cls, found: Iterable[Found]) -> Rows:
+        """All of some rows."""
+        spool, of = Spool[tuple[Row, str, Row]](), array("i")
+        for one in found:
+            spool.append((one.row, one.where, one.columns))
+            of.append(one.source)
+        return cls(spool, of, np.arange(len(spool)))
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Found: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Found | Rows:
+        if isinstance(index, slice):
+            return Rows(self._spool, self._sources, self._chosen[index])
+        at = int(self._chosen[index])
+        row, where, columns = self._spool[at]
+        return Found(row, where, self._sources[at], columns)
+
+    def pick(self, places: Sequence[int] | Numbers) -> Rows:
+        """The rows at some places, in the order of these."""
+        return Rows(self._spool, self._sources, self._chosen[np.asarray(places, np.int64)])
+
+    @property
+    def sources(self) -> Numbers:
+        """(N,) the index of the source of each."""
+        found: Numbers = np.asarray(self._sources, np.int64)[self._chosen]
+        return found
+
+
 def looked_at(data: Data) -> set[str]:
     """The columns of the file that remedies over all rows need."""
     names = {remedy.by for remedy in (data.balance, data.prune) if remedy is not None}
     return names | ({"score_chosen", "score_rejected"} if "margin" in names else set())
 
 
-def thin(parts: list[list[Found]], accounts: Sequence[Account], data: Data, seed: int) -> list[list[Found]]:
-    """Rows by source, without those that dedupe, prune and max_pairs_per_prompt take."""
-    rows = [found for part in parts for found in part]
+def thin(rows: Rows, accounts: Sequence[Account], data: Data, seed: int) -> Rows:
+    """The rows without those that dedupe, prune and max_pairs_per_prompt take."""
     if data.dedupe is not None:
         rows = _without_repeats(rows, data.dedupe, accounts)
     if data.prune is not None:
         rows = _pruned(rows, data.prune, accounts)
     if data.max_pairs_per_prompt is not None:
         rows = _at_most(rows, data.max_pairs_per_prompt, prompt_of, "too-many-for-prompt", accounts, seed)
-    made: list[list[Found]] = [[] for _ in parts]
-    for found in rows:
-        made[found.source].append(found)
-    return made
+    return rows
 
 
-def balanced(rows: list[Found], wanted: Balance, accounts: Sequence[Account], seed: int) -> list[Found]:
+def balanced(rows: Rows, wanted: Balance, accounts: Sequence[Account], seed: int) -> Rows:
     """The rows, with at most so many of each value of a column."""
-    _require(rows, wanted.by, "balance")
-    counts = Counter(_value(found, wanted.by) for found in rows)
-    most = wanted.rows or min(counts.values())
+    counts, there = Counter[str](), False
+    for found in rows:
+        counts[_value(found, wanted.by)] += 1
+        there = there or found.columns.get(wanted.by) is not None
+    if len(rows) and not there:
+        raise DataError(f"data.balance.by: no row has a column {wanted.by!r}")
+    most = wanted.rows or min(counts.values(), default=1)
     return _at_most(rows, most, lambda found: _value(found, wanted.by), "balanced-away", accounts, seed)
 
 
 def _value(found: Found, name: str) -> str:
     return json.dumps(found.columns.get(name), sort_keys=True, default=str)
-
-
-def _require(rows: Sequence[Found], name: str, key: str) -> None:
-    if rows and all(found.columns.get(name) is None for found in rows):
-        raise DataError(f"data.{key}.by: no row has a column {name!r}")
 
 
 def prompt_of(found: Found) -> str:
@@ -237,34 +287,43 @@ def _content(found: Found) -> str:
     return json.dumps([text.strip() for text in strings(kept)] + [kept.get("label")])
 
 
-def _without_repeats(rows: Iterable[Found], what: str, accounts: Sequence[Account]) -> list[Found]:
+def _mark(text: str) -> bytes:
+    """What is kept of a text to know it again: some 130 bytes of memory in a set or a mapping."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _without_repeats(rows: Rows, what: str, accounts: Sequence[Account]) -> Rows:
     key = _content if what == "rows" else prompt_of
-    seen: set[str] = set()
-    kept = []
-    for found in rows:
-        mark = key(found)
+    seen: set[bytes] = set()
+    kept = array("q")
+    for index, found in enumerate(rows):
+        mark = _mark(key(found))
         if mark in seen:
             accounts[found.source].drop("duplicate", found.where)
         else:
             seen.add(mark)
-            kept.append(found)
-    return kept
+            kept.append(index)
+    return rows.pick(kept)
 
 
-def _pruned(rows: list[Found], wanted: Prune, accounts: Sequence[Account]) -> list[Found]:
+def _pruned(rows: Rows, wanted: Prune, accounts: Sequence[Account]) -> Rows:
     """The share of the rows whose number is highest, lowest, or in the middle."""
-    numbers = [_number(found, wanted.by) for found in rows]
-    if rows and all(number is None for number in numbers):
-        raise DataError(f"data.prune.by: no row has a number in a column {wanted.by!r}")
-    order = sorted((number, index) for index, number in enumerate(numbers) if number is not None)
+    numbers = np.fromiter(
+        (math.nan if (number := _number(found, wanted.by)) is None else number for found in rows), np.float64, len(rows)
+    )
+    there = np.flatnonzero(~np.isnan(numbers))
+    if len(rows) and not len(there):
+        hint = "; `alignment data score` writes it" if wanted.by == "loss" else ""
+        raise DataError(f"data.prune.by: no row has a number in a column {wanted.by!r}{hint}")
+    order = there[np.argsort(numbers[there], kind="stable")]
     count = max(1, round(wanted.keep * len(order)))
     first = {"highest": len(order) - count, "lowest": 0, "middle": (len(order) - count) // 2}[wanted.side]
-    kept = {index for _, index in order[first : first + count]}
-    for index, found in enumerate(rows):
-        if index not in kept:
-            reason = "prune-no-number" if numbers[index] is None else "pruned"
-            accounts[found.source].drop(reason, found.where)
-    return [found for index, found in enumerate(rows) if index in kept]
+    kept: Flags = np.zeros(len(rows), np.bool_)
+    kept[order[first : first + count]] = True
+    for index in np.flatnonzero(~kept):
+        found = rows[int(index)]
+        accounts[found.source].drop("prune-no-number" if np.isnan(numbers[index]) else "pruned", found.where)
+    return rows.pick(np.flatnonzero(kept))
 
 
 def _number(found: Found, name: str) -> float | None:
@@ -276,23 +335,26 @@ def _number(found: Found, name: str) -> float | None:
 
 
 def _at_most(
-    rows: list[Found], most: int, key: Callable[[Found], str], reason: str, accounts: Sequence[Account], seed: int
-) -> list[Found]:
+    rows: Rows, most: int, key: Callable[[Found], str], reason: str, accounts: Sequence[Account], seed: int
+) -> Rows:
     """The rows with at most so many of each key, drawn with the seed, in their order."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[bytes, array[int]] = {}
     for index, found in enumerate(rows):
-        groups.setdefault(key(found), []).append(index)
-    kept = {index for name, group in groups.items() for index in sources.take(group, most, seed, reason, name)}
-    for index, found in enumerate(rows):
-        if index not in kept:
-            accounts[found.source].drop(reason, found.where)
-    return [found for index, found in enumerate(rows) if index in kept]
+        groups.setdefault(_mark(key(found)), array("q")).append(index)
+    kept: Flags = np.ones(len(rows), np.bool_)
+    for group in groups.values():
+        if len(group) > most:
+            kept[group] = False
+            kept[sources.take(group, most, seed, reason, key(rows[group[0]]))] = True
+    for gone in rows.pick(np.flatnonzero(~kept)):
+        accounts[gone.source].drop(reason, gone.where)
+    return rows.pick(np.flatnonzero(kept))
 
 
 # --- functions of the user ------------------------------------------------------------------------------------------
 
 
-def augmented(rows: list[Found], hooks: Sequence[str], schema: Schema, accounts: Sequence[Account]) -> list[Found]:
+def augmented(rows: Rows, hooks: Sequence[str], schema: Schema, accounts: Sequence[Account]) -> Rows:
     """The rows that functions make of each row: `fn(row) -> list of rows`; a returned row must be one of the schema.
 
     Raises:
@@ -300,24 +362,29 @@ def augmented(rows: list[Found], hooks: Sequence[str], schema: Schema, accounts:
         DataError: it fails, or returns what cannot be trained on; the line names the row.
     """
     for hook in hooks:
-        function, made = load_hook(hook, "data.augment"), []
-        for found in rows:
-            copy = json.loads(json.dumps(found.row, default=str))
-            try:
-                results = function(copy)
-            except Exception as error:  # whatever a user's function raises
-                raise DataError(f"{found.where}: {hook} failed: {type(error).__name__}: {error}") from error
-            if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-                raise DataError(f"{found.where}: {hook} must return a list of rows, not {type(results).__name__}")
-            try:
-                for result in results:
-                    check_row(result, schema)
-            except (Defect, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{found.where}: {hook} returned what is no row of {schema}: {error}") from None
-            account = accounts[found.source]
-            if not results:
-                account.drop("augmented-away", found.where)
-            account.changed["augmented"] += sum(result != found.row for result in results)
-            made += [Found(result, found.where, found.source, found.columns) for result in results]
-        rows = made
+        rows = Rows.of(_made(rows, hook, schema, accounts))
     return rows
+
+
+def _made(rows: Rows, hook: str, schema: Schema, accounts: Sequence[Account]) -> Iterator[Found]:
+    """What one function makes of the rows."""
+    function = load_hook(hook, "data.augment")
+    for found in rows:
+        copy = json.loads(json.dumps(found.row, default=str))
+        try:
+            results = function(copy)
+        except Exception as error:  # whatever a user's function raises
+            raise DataError(f"{found.where}: {hook} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+            raise DataError(f"{found.where}: {hook} must return a list of rows, not {type(results).__name__}")
+        try:
+            for result in results:
+                check_row(result, schema)
+        except (Defect, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{found.where}: {hook} returned what is no row of {schema}: {error}") from None
+        account = accounts[found.source]
+        if not results:
+            account.drop("augmented-away", found.where)
+        account.changed["augmented"] += sum(result != found.row for result in results)
+        for result in results:
+            yield Found(result, found.where, found.source, found.columns)

@@ -22,21 +22,22 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data import content, duplicates, lengths, pairs, proof, sources, templates, words
+from alignment.data import content, lengths, limits, proof, sources, texts
 from alignment.data.checks import EXAMPLES, REASONS, Defect
-from alignment.data.dialect import Dialect
-from alignment.data.duplicates import Memory, Watch, Watched
-from alignment.data.findings import PLACES, Finding, Seen
+from alignment.data.duplicates import Watch, Watched
+from alignment.data.findings import PLACES, Finding, Limit, limit_of
 from alignment.data.loading import Loading
 from alignment.data.opened import open_source, rows_of
-from alignment.data.prepare import Prepared, Splits, load_splits, tabled
-from alignment.data.remedies import TAKEN, Account, Found
+from alignment.data.prepare import Prepared, Splits, load_splits, prepare
+from alignment.data.remedies import TAKEN
+from alignment.data.texts import Loaded
+from alignment.data.tokens import Settings
+from alignment.data.words import NGRAM
 from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
 from alignment.recipe.described import described
 from alignment.recipe.schema import Data, DataLimits, Source, Stage
 
-BATCH = 1000  # rows hashed at once
 Say = Callable[[str], None]
 
 
@@ -78,27 +79,16 @@ class Subject:
         assert self.stage.seed is not None, "a resolved stage"
         return self.stage.seed
 
-    def limit(self, check: str) -> float | None:
-        """The largest share that a check may see."""
-        if self.strict:
-            return 0.0
-        limit: float | None = getattr(self.data.limits, check.replace("-", "_"), None)
-        return limit
+    @property
+    def limit(self) -> Limit:
+        """The largest share that each check may see."""
+        return limit_of(self.data.limits, strict=self.strict)
 
-
-@dataclass(frozen=True)
-class Loaded:
-    """The rows of a split, where each stands, the index of its source, and what became of the others."""
-
-    rows: list[dict[str, Any]]
-    where: list[str]
-    source: list[int]
-    accounts: list[Account]
-
-    @classmethod
-    def of(cls, split: tuple[list[Found], list[Account]]) -> Loaded:
-        found, accounts = split
-        return cls([one.row for one in found], [one.where for one in found], [one.source for one in found], accounts)
+    @property
+    def settings(self) -> Settings:
+        """How its rows become tokens."""
+        data = self.data
+        return Settings(self.schema, self.max_length, data.on_overlong, self.seed, data.on_special_token)
 
 
 def _unlimited(data: Data) -> Data:
@@ -117,7 +107,7 @@ def _splits(data: Data, schema: Schema, seed: int, say: Say) -> Splits:
 def training_rows(data: Data, schema: Schema, seed: int) -> Loaded:
     """The rows of a stage in the order of its token table, whose column `row` counts them."""
     alone = data.model_copy(update={"eval": []})
-    return Loaded.of(_splits(alone, schema, seed, lambda text: None)["train"])
+    return Loaded(*_splits(alone, schema, seed, lambda text: None)["train"])
 
 
 def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
@@ -129,21 +119,21 @@ def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
     """
     started = time.monotonic()
     splits = _splits(subject.data, subject.schema, subject.seed, say)
-    train, held = Loaded.of(splits["train"]), Loaded.of(splits["eval"]) if "eval" in splits else None
+    train, held = Loaded(*splits["train"]), Loaded(*splits["eval"]) if "eval" in splits else None
     report: dict[str, Any] = {"stage": subject.name, "schema": subject.schema, "sources": [], "findings": []}
     watches = [Watch(_watched(source)) for source in subject.against]
-    text = _read(subject, train, watches)
+    text = texts.read(
+        subject.schema, train, held, watches, subject.limit, tokens=subject.tokenizer is None
+    )  # fmt: skip
     found = list(text.findings)
     if text.pairs is not None:
         report["pairs"] = text.pairs
-    if held is not None:
-        found += _overlap(subject, train, held, text.memory)
     for watch in watches:
         found += _contamination(subject, watch)
-    kept = [train.source.count(index) for index in range(len(train.accounts))]
+    kept = np.bincount(train.found.sources, minlength=len(train.accounts)).tolist()
     if subject.tokenizer is not None:
         found += _proof(subject, train, report)
-        made = _tabled(subject, splits, cache, say)
+        made = _prepared(subject, splits, cache, say)
         found += _tokens(subject, made, train, held, report)
         kept = [entry["kept"] for entry in made.report["train"]["sources"]]
     else:
@@ -159,9 +149,9 @@ def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
 def _watched(wanted: Source) -> Watched:
     """The texts of an evaluation set, one row for each record."""
     where, rows = [], []
-    for place, texts in _records(wanted):
+    for place, said in _records(wanted):
         where.append(place)
-        rows.append([text for text in dict.fromkeys(texts) if text])
+        rows.append([text for text in dict.fromkeys(said) if text])
     return Watched.of(sources.identity(described(wanted)), where, rows)
 
 
@@ -194,115 +184,11 @@ def _asked(value: Any) -> Iterator[str]:
             yield from _asked(item)
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
-
-
-def _batches(loaded: Loaded) -> Iterator[slice]:
-    """Slices of the rows in which all are of one source."""
-    begin = 0
-    while begin < len(loaded.rows):
-        end = begin
-        while end < min(begin + BATCH, len(loaded.rows)) and loaded.source[end] == loaded.source[begin]:
-            end += 1
-        yield slice(begin, end)
-        begin = end
-
-
-@dataclass(frozen=True)
-class Text:
-    """What the text of the rows came to; `pairs` are the numbers of the pair linter, `by_source` counts findings."""
-
-    findings: list[Finding]
-    memory: Memory
-    by_source: list[Counter[str]]
-    pairs: dict[str, Any] | None
-
-
-def _read(subject: Subject, train: Loaded, watches: Sequence[Watch]) -> Text:
-    """Look at the text of every row once: content, duplicates, pairs; what is watched for is noted on the way."""
-    memory, seen, linter = Memory(subject.schema), Seen(), pairs.Pairs()
-    by_source = [Counter[str]() for _ in train.accounts]
-    for part in _batches(train):
-        rows, where, source = train.rows[part], train.where[part], train.source[part.start]
-        hashed = words.hashed([duplicates.parts(row, subject.schema) for row in rows])
-        memory.add(rows, where, source, hashed)
-        for watch in watches:
-            watch.look(hashed)
-        if subject.schema == "preference":
-            linter.add(rows, hashed)
-        for row, place in zip(rows, where, strict=True):
-            for check, kinds in content.look(row, tokens=subject.tokenizer is None).items():
-                seen.add(check, place, *kinds)
-                by_source[source][check] += 1
-    contents = (seen.finding(check, len(memory), says, subject.limit(check)) for check, says in content.SAYS.items())
-    found = [finding for finding in contents if finding is not None]
-    for finding, repeats in _repeats(subject, memory):
-        by_source_of = np.bincount(np.array(memory.sources)[repeats], minlength=len(by_source))
-        for index, count in enumerate(by_source_of.tolist()):
-            by_source[index][finding.check] += count
-        found.append(finding)
-    numbers = None
-    if subject.schema == "preference" and len(memory):
-        numbers = pairs.summary(linter, memory)
-        found += pairs.findings(linter, memory, subject.limit)
-    return Text(found, memory, by_source, numbers)
-
-
-def _repeats(subject: Subject, memory: Memory) -> Iterator[tuple[Finding, Any]]:
-    """Exact and near duplicates; each row is counted once, as an exact one where it is."""
-    own = np.arange(len(memory))
-    exact = duplicates.first_of(memory.exact)
-    near = np.where(exact == own, duplicates.near_first(memory), own)
-    says = {
-        "duplicate": "hold the same turns as an earlier row",
-        "near-duplicate": "share four fifths or more of their three-word runs with an earlier row, in every part "
-        "(estimated)",
-    }
-    source = np.array(memory.sources)
-    for check, earlier in (("duplicate", exact), ("near-duplicate", near)):
-        rows = np.flatnonzero(earlier != own)
-        if len(rows):
-            across = int((source[rows] != source[earlier[rows]]).sum())
-            where = [f"{memory.where[row]} ({memory.where[earlier[row]]})" for row in rows[:PLACES]]
-            text = says[check] + (f"; of {across:,} that one stands in another source" if across else "")
-            values = {"within": len(rows) - across, "across": across}
-            yield Finding(check, len(rows), len(memory), text, tuple(where), values, subject.limit(check)), rows
-
-
-def _overlap(subject: Subject, train: Loaded, held: Loaded, memory: Memory) -> Iterator[Finding]:
-    """Held-out rows whose prompt is trained on, and those whose text is."""
-    prompts = Memory(subject.schema)
-    rows = [duplicates.parts(row, subject.schema) for row in held.rows]
-    hashed = words.hashed(rows)
-    prompts.add(held.rows, held.where, 0, hashed)
-    leaked = duplicates.leaked(prompts.parts[:, 0], memory.parts[:, 0])
-    if len(leaked):
-        of_rows = int(np.isin(prompts.exact, memory.exact).sum())
-        what = "text" if subject.schema == "text" else "prompt"
-        says = f"of the held-out rows have a {what} that is trained on; {of_rows:,} are trained on as they stand"
-        where = tuple(held.where[index] for index in leaked[:PLACES])
-        values = {"whole_rows": of_rows}
-        yield Finding("leak", len(leaked), len(held.rows), says, where, values, subject.limit("leak"))
-    watch = Watch(Watched.of("eval", held.where, [[text for part in row[-2:] for text in part] for row in rows]))
-    for part in _batches(train):
-        watch.look(words.hashed([duplicates.parts(row, subject.schema) for row in train.rows[part]]))
-    known, some = watch.known()
-    leaked_where = {held.where[index] for index in leaked}
-    known = [place for place in known if place not in leaked_where]
-    if known:
-        says = (
-            f"of the held-out rows have half or more of their runs of {words.NGRAM} words (or all, of a shorter one) "
-            f"in training rows, under other prompts; {some:,} share at least one"
-        )
-        yield Finding("leak-ngram", len(known), len(held.rows), says, tuple(known[:PLACES]), {"any": some},
-                      subject.limit("leak-ngram"))  # fmt: skip
-
-
 def _contamination(subject: Subject, watch: Watch) -> Iterator[Finding]:
     known, some = watch.known()
     if some:
         says = (
-            f"of {watch.watched.name} are in the training rows: half or more of their runs of {words.NGRAM} words, or "
+            f"of {watch.watched.name} are in the training rows: half or more of their runs of {NGRAM} words, or "
             f"all of a shorter text; {some:,} share at least one run"
         )
         yield Finding("contaminated", len(known), len(watch.watched.where), says, tuple(known[:PLACES]),
@@ -322,11 +208,13 @@ def _proof(subject: Subject, train: Loaded, report: dict[str, Any]) -> Iterator[
             yield Finding("template-proof", 1, 1, line, (), {}, 0.0)
 
 
-def _tabled(subject: Subject, splits: Splits, cache: Path, say: Say) -> Prepared:
+def _prepared(subject: Subject, splits: Splits, cache: Path, say: Say) -> Prepared:
     """The token tables that training reads, of the rows that were looked at."""
     assert subject.tokenizer is not None
     stage = subject.stage.model_copy(update={"data": _unlimited(subject.data)})
-    return tabled(splits, stage, subject.schema, subject.tokenizer, max_length=subject.max_length, cache=cache, say=say)
+    return prepare(
+        stage, subject.schema, subject.tokenizer, max_length=subject.max_length, cache=cache, say=say, splits=splits
+    )
 
 
 def _tokens(
@@ -338,8 +226,7 @@ def _tokens(
     for name, table, loaded in (("train", made.train, train), ("eval", made.eval, held)):
         if table is None or loaded is None:
             continue
-        stops = templates.stop_ids(subject.tokenizer) if subject.schema != "text" else [subject.tokenizer.eos_token_id]
-        counts = lengths.count(table, stops, _bos(subject.tokenizer))
+        counts = lengths.count(table, limits.stops(subject.tokenizer, subject.schema), limits.bos(subject.tokenizer))
         report["tokens"][name] = _token_summary(subject, counts, made.report[name])
         report["tokens"][name]["per_character"] = lengths.per_character(
             subject.tokenizer,
@@ -347,7 +234,7 @@ def _tokens(
         )
         if name == "train":
             yield from lengths.findings(counts, subject.schema, loaded.where, subject.limit)
-            yield from _cut(subject, made.report[name], counts)
+            yield from limits.cut(made.report[name], subject.settings, subject.limit, len(table))
 
 
 def _token_summary(subject: Subject, counts: lengths.Counts, made: dict[str, Any]) -> dict[str, Any]:
@@ -360,33 +247,6 @@ def _token_summary(subject: Subject, counts: lengths.Counts, made: dict[str, Any
         "truncated": made["truncated"], "overlong": made["dropped"].get("overlong", 0), "emptied": emptied,
         "boundary_mismatches": made["boundary_mismatches"], "key": made["key"],
     }  # fmt: skip
-
-
-def _cut(subject: Subject, made: dict[str, Any], counts: lengths.Counts) -> Iterator[Finding]:
-    if made["truncated"]:
-        left = subject.data.on_overlong == "truncate_left"
-        what = "have lost the beginning of their prompt to fit into" if left else "are cut at"
-        says = f"{what} {subject.max_length:,} tokens; `alignment data show --worst truncation` shows the worst"
-        yield Finding("truncated", made["truncated"], len(counts.rows), says, (), {}, subject.limit("truncated"))
-    if made["boundary_mismatches"]:
-        says = "have an answer that changes how the end of the prompt is tokenized; the prompt ends before that token"
-        yield Finding("prompt-boundary", made["boundary_mismatches"], len(counts.rows), says, (), {},
-                      subject.limit("prompt-boundary"))  # fmt: skip
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS id, unless the template writes that token at every turn (SmolLM2's is `<|im_start|>`)."""
-    bos = tokenizer.bos_token
-    if bos is None:
-        return None
-    if tokenizer.chat_template:
-        try:
-            text = Dialect.of(tokenizer).text(templates.PROBE)
-        except DataError:
-            return int(tokenizer.bos_token_id)
-        if text.count(bos) > 1:
-            return None
-    return int(tokenizer.bos_token_id)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""`data.on_overlong: truncate_left`: prompts that lose their beginning, as text and before the template is applied.
+"""What is done to the text of rows before the template is applied: `data.on_overlong: truncate_left`, prompts that lose
+their beginning, and `data.on_special_token: neutralize`, content that would forge a turn.
 
 A token sequence that is cut at its left end loses what the template wrote there: the start token, the system turn, the
 head of a turn. So a row that is too long loses its oldest turns, a user's and the answer to it at a time, while the
@@ -9,7 +10,7 @@ that are compared are never shortened: a row whose answers alone are too long is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,20 +23,67 @@ from alignment.data.tokens import Settings
 Row = dict[str, Any]
 
 ANSWERS = ("chosen", "rejected", "completion")
+TALK = ("messages", "prompt", *ANSWERS)
 ROUNDS = 8  # how often the cut of a question is corrected: tokens at a new edge may differ
 
 
-def shortened(
-    rows: Sequence[Row], settings: Settings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Sequence[Row], int, Settings]:
-    """Rows as they go to tokenization, how many were shortened, and the settings for what could not be shortened.
+@dataclass
+class Changes:
+    """What is done to each batch of rows before it is tokenized (see `tokens.tables`), and how many rows it changed.
 
-    Without `truncate_left`, and of documents, nothing is shortened.
+    Attributes:
+        settings: those for what could not be changed: what could not be shortened is dropped.
     """
-    if settings.on_overlong != "truncate_left" or settings.max_length is None or settings.schema == "text":
-        return rows, 0, settings
-    made, count = shorten(rows, settings.max_length, tokenizer)
-    return made, count, replace(settings, on_overlong="drop")
+
+    wanted: Settings
+    tokenizer: PreTrainedTokenizerBase
+    shortened: int = 0
+    neutralized: int = 0
+    settings: Settings = field(init=False)
+
+    def __post_init__(self) -> None:
+        wanted = self.wanted
+        self._shortens = (
+            wanted.on_overlong == "truncate_left" and wanted.max_length is not None and wanted.schema != "text"
+        )
+        self.settings = replace(wanted, on_overlong="drop") if self._shortens else wanted
+
+    def __call__(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of a batch as they are tokenized."""
+        if self.wanted.on_special == "neutralize":
+            dialect = Dialect.of(self.tokenizer)
+            made = [neutralized(row, dialect) for row in rows]
+            self.neutralized += sum(new is not old for new, old in zip(made, rows, strict=True))
+            rows = made
+        if self._shortens:
+            assert self.wanted.max_length is not None
+            rows, count = shorten(rows, self.wanted.max_length, self.tokenizer)
+            self.shortened += count
+        return rows
+
+
+def neutralized(row: Row, dialect: Dialect) -> Row:
+    """The row with every control string in its texts broken; itself where there is none."""
+    if "text" in row:
+        text = dialect.neutral(row["text"], document=True)
+        return row if text == row["text"] else {**row, "text": text}
+    changed = {}
+    for name in (*TALK, "tools"):
+        if name in row:
+            value = _neutral(row[name], dialect)
+            if value != row[name]:
+                changed[name] = value
+    return {**row, **changed} if changed else row
+
+
+def _neutral(value: Any, dialect: Dialect) -> Any:
+    if isinstance(value, str):
+        return dialect.neutral(value)
+    if isinstance(value, list):
+        return [_neutral(item, dialect) for item in value]
+    if isinstance(value, dict):
+        return {name: item if name == "role" else _neutral(item, dialect) for name, item in value.items()}
+    return value
 
 
 def shorten(rows: Sequence[Row], limit: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], int]:

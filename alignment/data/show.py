@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.checks import Defect
 from alignment.data.dialect import Dialect
-from alignment.data.shorten import shortened
+from alignment.data.shorten import Changes, neutralized
 from alignment.data.tokens import ANSWERS, BATCH, IGNORED, Item, Settings, encode, fit, tables
 from alignment.errors import DataError
 
@@ -105,7 +105,7 @@ def place(wanted: str, where: Sequence[str]) -> int:
 
 
 def longest(
-    rows: Sequence[Mapping[str, Any]], settings: Settings, tokenizer: PreTrainedTokenizerBase, *, cut_only: bool
+    rows: Sequence[dict[str, Any]], settings: Settings, tokenizer: PreTrainedTokenizerBase, *, cut_only: bool
 ) -> int:
     """The row with the most tokens; with `cut_only` it must be longer than `max_length`.
 
@@ -115,7 +115,9 @@ def longest(
     best, most = -1, settings.max_length or 0 if cut_only else -1
     dialect = Dialect.of(tokenizer)
     for begin in range(0, len(rows), BATCH):
-        batch = [dict(row) for row in rows[begin : begin + BATCH]]
+        batch: Sequence[dict[str, Any]] = rows[begin : begin + BATCH]
+        if settings.on_special == "neutralize":
+            batch = [neutralized(row, dialect) for row in batch]
         for index, item in enumerate(encode(batch, settings.schema, dialect, tokenizer), begin):
             if not isinstance(item, Defect) and item.length > most:
                 best, most = index, item.length
@@ -137,8 +139,10 @@ def page(
     color: bool,
 ) -> str:
     """A row as text for a terminal."""
-    made, _, settings = shortened([dict(row)], settings, tokenizer)
-    item, short = encode([dict(row), *made], settings.schema, Dialect.of(tokenizer), tokenizer)
+    changes, dialect = Changes(settings, tokenizer), Dialect.of(tokenizer)
+    made, settings = changes([dict(row)]), changes.settings
+    whole = neutralized(dict(row), dialect) if settings.on_special == "neutralize" else dict(row)
+    item, short = encode([whole, *made], settings.schema, dialect, tokenizer)
     if isinstance(item, Defect):
         return f"{title}\ndropped: {item}"
     if isinstance(short, Defect):
@@ -158,7 +162,7 @@ def page(
 
 
 def block(
-    rows: Sequence[Mapping[str, Any]], number: int, settings: Settings, tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]], number: int, settings: Settings, tokenizer: PreTrainedTokenizerBase,
     *, ids: bool, color: bool,
 ) -> str:  # fmt: skip
     """A block of documents, packed as they are trained.
@@ -166,7 +170,7 @@ def block(
     Raises:
         DataError: there are not so many.
     """
-    pieces, _ = tables([dict(row) for row in rows], [""] * len(rows), settings, tokenizer)
+    pieces, _ = tables(rows, [], settings, tokenizer, Changes(settings, tokenizer))
     seen = 0
     for piece in pieces:
         if number < seen + len(piece):

@@ -143,13 +143,12 @@ def mix(parts: Sequence[Sequence[T]], weights: Sequence[float | None], seed: int
     return [take(parts[index], count, seed, "mixture", index) for index, count in enumerate(counts)]
 
 
-def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """Split rows into (train, eval): `fraction` of them, at least one, is held out by a seeded draw."""
-    count = max(1, round(fraction * len(rows)))
-    if count >= len(rows):
-        raise DataError(f"data.eval_fraction {fraction} of {len(rows)} rows leaves nothing to train on")
-    held = set(generator(seed, "eval").sample(range(len(rows)), count))
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+def held_out(count: int, fraction: float, seed: int) -> list[int]:
+    """The places of the rows, of `count`, that a seeded draw holds out: `fraction` of them, at least one."""
+    wanted = max(1, round(fraction * count))
+    if wanted >= count:
+        raise DataError(f"data.eval_fraction {fraction} of {count} rows leaves nothing to train on")
+    return sorted(generator(seed, "eval").sample(range(count), wanted))
 
 
 def rename(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -35,6 +36,7 @@ Row = dict[str, Any]
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int32]]"  # one sequence
 T = TypeVar("T")
 U = TypeVar("U")
+Change = Callable[[Sequence[Row]], Sequence[Row]]  # what is done to a batch of rows before it is tokenized
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Stats:
     trained_tokens: int = 0
     truncated: int = 0
     boundary_mismatches: int = 0
+    neutralized: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason -> indices of rows
     details: dict[str, str] = field(default_factory=dict)
     length: dict[str, int] = field(default_factory=dict)  # p50, p95, max
@@ -67,6 +70,7 @@ class Settings:
     max_length: int | None
     on_overlong: str
     seed: int
+    on_special: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -210,9 +214,17 @@ def fit(item: Item, settings: Settings) -> tuple[Item, bool]:
 
 
 def tables(
-    rows: Sequence[Row], where: Sequence[str], settings: Settings, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row],
+    where: Sequence[str],
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    change: Change | None = None,
 ) -> tuple[Iterator[pa.Table], Stats]:
     """The token table of `rows` piece by piece, and the statistics, which are complete once the pieces are read.
+
+    Args:
+        rows: read in batches; of no batch anything is kept but a few bytes a row.
+        change: what is done to each batch first.
 
     Raises:
         DataError: the template ends no answer with a special token; a row too long under `on_overlong: error`.
@@ -220,17 +232,13 @@ def tables(
     stats = Stats()
     dialect = Dialect.of(tokenizer)
     if settings.schema == "text":
-        return _packed(rows, settings, tokenizer, dialect, stats), stats
+        return _packed(rows, settings, tokenizer, dialect, stats, change), stats
     if settings.schema != "prompts" and not dialect.stop:
         raise DataError(
             "the chat template ends no answer with a special token (EOS or an end-of-turn token): a model trained on "
             "it would never stop; set chat_template, for example chatml"
         )
-    if "tools" not in dialect.jinja and any(row.get("tools") for row in rows):
-        stats.notes.append("the chat template does not write the `tools` column: the model learns calls without them")
-    if "strftime_now" in dialect.jinja:
-        stats.notes.append("the chat template writes the date of today into the prompts")
-    return _rows(rows, where, settings, tokenizer, dialect, stats), stats
+    return _rows(rows, where, settings, tokenizer, dialect, stats, change), stats
 
 
 def _rows(
@@ -240,12 +248,13 @@ def _rows(
     tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     stats: Stats,
+    change: Change | None,
 ) -> Iterator[pa.Table]:
-    others = _other_columns(rows, settings.schema)
-    lengths: list[int] = []
+    types, lengths, has_tools = _types(rows, settings.schema), array("q"), False
     for first in range(0, len(rows), BATCH):
         kept: dict[int, Item] = {}
-        batch = rows[first : first + BATCH]
+        batch = rows[first : first + BATCH] if change is None else change(rows[first : first + BATCH])
+        has_tools = has_tools or any(row.get("tools") for row in batch)
         for index, item in enumerate(encode(batch, settings.schema, dialect, tokenizer), first):
             try:
                 if isinstance(item, Defect):
@@ -262,7 +271,11 @@ def _rows(
             stats.trained_tokens += kept[index].trained
             lengths.append(kept[index].length)
         if kept:
-            yield _table(list(kept.values()), list(kept), {name: others[name].take(list(kept)) for name in others})
+            yield _table(list(kept.values()), list(kept), _others([batch[index - first] for index in kept], types))
+    if has_tools and "tools" not in dialect.jinja:
+        stats.notes.append("the chat template does not write the `tools` column: the model learns calls without them")
+    if "strftime_now" in dialect.jinja:
+        stats.notes.append("the chat template writes the date of today into the prompts")
     _finish(stats, lengths)
 
 
@@ -273,9 +286,9 @@ def _tokens(item: Item) -> int:
 def _finish(stats: Stats, lengths: Sequence[int]) -> None:
     stats.rows = len(lengths)
     if lengths:
-        ordered = sorted(lengths)
-        p50, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.50, 0.95))
-        stats.length = {"p50": p50, "p95": p95, "max": ordered[-1]}
+        ordered = np.sort(np.asarray(lengths))
+        p50, p95 = (int(ordered[math.ceil(share * len(ordered)) - 1]) for share in (0.50, 0.95))
+        stats.length = {"p50": p50, "p95": p95, "max": int(ordered[-1])}
 
 
 def _table(items: Sequence[Item], indices: Sequence[int], others: dict[str, pa.Array]) -> pa.Table:
@@ -288,28 +301,60 @@ def _lists(sequences: Sequence[Ids]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(sequences)))
 
 
-def _other_columns(rows: Sequence[Row], schema: str) -> dict[str, pa.Array]:
-    """The columns that are kept beside the tokens, whole, so that every piece of the table has the same types."""
+TURNS = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+TOKENS = frozenset({"prompt", "prompt_ids", "row"})  # names of columns that are ours
+
+
+def _types(rows: Sequence[Row], schema: str) -> dict[str, pa.DataType]:
+    """The columns that are kept beside the tokens, and the type of each over all rows, so that every piece of the
+    table has the same.
+
+    Raises:
+        DataError: the values of a column are not of one type.
+    """
     if schema == "messages":
         return {}
     if schema == "unpaired":
-        return {"label": pa.array([row["label"] for row in rows], pa.bool_())}
+        return {"label": pa.bool_()}
     if schema == "preference":
-        margins = [row.get("margin") for row in rows]
-        return {} if all(margin is None for margin in margins) else {"margin": _column("margin", margins)}
-    names = sorted({name for row in rows for name in row} - {"prompt", "prompt_ids", "row", "tools"})
-    columns = {name: _column(name, [row.get(name) for row in rows]) for name in names}
-    if any("tools" in row for row in rows):
-        columns["tools"] = pa.array([json.dumps(row["tools"]) if "tools" in row else None for row in rows])
-    turns = [[{"role": turn["role"], "content": turn["content"]} for turn in row["prompt"]] for row in rows]
-    return {"prompt": pa.array(turns), **columns}
+        return {"margin": pa.float64()} if any(row.get("margin") is not None for row in rows) else {}
+    found: dict[str, pa.DataType] = {}
+    for first in range(0, len(rows), BATCH):
+        batch = rows[first : first + BATCH]
+        for name in sorted({name for row in batch for name in row} - TOKENS):
+            inferred = pa.string() if name == "tools" else _column(name, [row.get(name) for row in batch]).type
+            try:
+                pair = [pa.schema({name: kind}) for kind in (found.get(name, pa.null()), inferred)]
+                found[name] = pa.unify_schemas(pair, promote_options="permissive").field(name).type
+            except pa.ArrowException as error:
+                raise _not_one_type(name, error) from None
+    return {"prompt": TURNS, **found}
 
 
-def _column(name: str, values: list[Any]) -> pa.Array:
+def _others(rows: Sequence[Row], types: dict[str, pa.DataType]) -> dict[str, pa.Array]:
+    """Those columns, of some rows."""
+    made = {}
+    for name, kind in types.items():
+        values: list[Any]
+        if name == "prompt":
+            values = [[{key: turn[key] for key in ("role", "content")} for turn in row["prompt"]] for row in rows]
+        elif name == "tools":
+            values = [json.dumps(row["tools"]) if "tools" in row else None for row in rows]
+        else:
+            values = [row.get(name) for row in rows]
+        made[name] = _column(name, values, kind)
+    return made
+
+
+def _column(name: str, values: list[Any], kind: pa.DataType | None = None) -> pa.Array:
     try:
-        return pa.array(values, pa.float64() if name == "margin" else None)
+        return pa.array(values, kind)
     except (pa.ArrowException, OverflowError) as error:
-        raise DataError(f"column {name}: its values are not of one type: {str(error).splitlines()[0]}") from None
+        raise _not_one_type(name, error) from None
+
+
+def _not_one_type(name: str, error: Exception) -> DataError:
+    return DataError(f"column {name}: its values are not of one type: {str(error).splitlines()[0]}")
 
 
 def _packed(
@@ -318,22 +363,24 @@ def _packed(
     tokenizer: PreTrainedTokenizerBase,
     dialect: Dialect,
     stats: Stats,
+    change: Change | None,
 ) -> Iterator[pa.Table]:
     """Documents in seeded random order, joined and cut into blocks of `max_length`; the last may be shorter."""
-    order = list(range(len(rows)))
+    order = array("q", range(len(rows)))
     generator(settings.seed, "documents").shuffle(order)
-    lengths: list[int] = []
+    lengths = array("q")
     ids: Ids = np.empty(0, np.int32)  # tokens not yet in a block
     starts: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, np.int64)  # the document of each
     for first in range(0, len(order), BATCH):
-        kept = []
-        for index in order[first : first + BATCH]:
+        kept: dict[int, str] = {}
+        batch: Sequence[Row] = [rows[index] for index in order[first : first + BATCH]]
+        for index, row in zip(order[first : first + BATCH], change(batch) if change else batch, strict=True):
             try:
-                dialect.check_text(rows[index]["text"])
-                kept.append(index)
+                dialect.check_text(row["text"])
+                kept[index] = row["text"]
             except Defect as defect:
                 stats.drop(defect, index)
-        documents = list(documents_ids(tokenizer, [rows[index]["text"] for index in kept]))
+        documents = list(documents_ids(tokenizer, list(kept.values())))
         ids = np.concatenate([ids, *documents])
         starts = np.concatenate([starts, *(np.full(len(doc), i) for doc, i in zip(documents, kept, strict=True))])
         last = first + BATCH >= len(order)
@@ -346,7 +393,7 @@ def _packed(
                 ends.append(len(ids))
             blocks = [ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
         if blocks:
-            lengths += map(len, blocks)
+            lengths.extend(map(len, blocks))
             origins = [int(starts[begin]) for begin in [0, *ends[:-1]]]
             yield _table([Item({"input_ids": block, "labels": block}) for block in blocks], origins, {})
             ids, starts = ids[ends[-1] :], starts[ends[-1] :]

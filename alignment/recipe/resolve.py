@@ -73,6 +73,13 @@ def full_train(stage: Stage) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known and name not in OWNED}
 
 
+def max_length(stage: Stage) -> int | None:
+    """The longest row in tokens: `train.max_length` (of prompts `prompt_length`), or its default."""
+    train = full_train(stage)
+    value = train.get("max_length", train.get("prompt_length"))
+    return None if value is None else int(value)
+
+
 def parents(stage: Stage) -> list[str]:
     """The stages that a stage links to, each once, in the order in which it names them."""
     rewards = [reward.model or "" for reward in stage.rewards]

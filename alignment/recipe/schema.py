@@ -198,6 +198,9 @@ class Filter(Section):
     scripts: list[str] | None = Field(
         default=None, min_length=1, description="writing systems (latin, cyrillic, cjk) of nine tenths of the letters"
     )
+    languages: list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]] | None = Field(
+        default=None, min_length=1, description="languages (ISO 639 codes: en, de, zh) of which the answers must be"
+    )
 
     @field_validator("scripts")
     @classmethod
@@ -210,7 +213,7 @@ class Filter(Section):
     @model_validator(mode="after")
     def _says_something(self) -> Filter:
         if not self.model_fields_set:
-            raise ValueError("give one of length, columns, matches, excludes, scripts")
+            raise ValueError("give one of length, columns, matches, excludes, scripts, languages")
         return self
 
 
@@ -244,6 +247,11 @@ class Data(Section):
     )
     on_system: Literal["keep", "merge", "drop", "error"] = Field(
         default="keep", description="what happens to system turns; merge: into the user turn that follows"
+    )
+    on_special_token: Literal["drop", "neutralize"] = Field(
+        default="drop",
+        description="what happens to rows whose text holds a control token of the template (<|im_end|>); neutralize: "
+        "a space is put before its last character",
     )
     filter: Filter | None = Field(default=None, description="which rows are kept")
     dedupe: Literal["rows", "prompts"] | None = Field(

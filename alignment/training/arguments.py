@@ -114,13 +114,6 @@ def _owned(spec: StageSpec, compute: torch.dtype) -> dict[str, Any]:
     return owned
 
 
-def max_length(stage: Stage) -> int | None:
-    """The longest row in tokens: `train.max_length` (of prompts `prompt_length`), or its default."""
-    train = full_train(stage)
-    value = train.get("max_length", train.get("prompt_length"))
-    return None if value is None else int(value)
-
-
 def is_main() -> bool:
     """Is this the process that writes (global rank 0)?"""
     return int(os.environ.get("RANK", "0")) == 0

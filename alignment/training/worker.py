@@ -37,13 +37,12 @@ from alignment.pipeline import chains, runs
 from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.credentials import Masked, mask
-from alignment.recipe.load import full_train
+from alignment.recipe.load import full_train, max_length
 from alignment.training import callbacks, handoff, publish
 from alignment.training.arguments import (
     accumulation,
     build_arguments,
     is_main,
-    max_length,
     resolve_import,
     token_cache,
     world_size,

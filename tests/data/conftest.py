@@ -64,11 +64,12 @@ def lines(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def stage() -> Callable[..., Stage]:
-    """A resolved stage that trains on the given files and lets any share of their rows be dropped."""
+    """A resolved stage that trains on the given files and lets any share of their rows be dropped, repeated or cut."""
 
     def make(*train: Path | dict[str, Any], limit: float = 1.0, **data: Any) -> Stage:
         sources = [source if isinstance(source, dict) else {"path": str(source)} for source in train]
-        section = {"train": sources, "limits": {"dropped": limit}, **data}
+        limits = {"dropped": limit, "duplicate": None, "leak": None, "unstopped": None}
+        section = {"train": sources, "limits": limits, **data}
         return Stage.model_validate({"algorithm": "sft", "seed": 7, "data": section})
 
     return make

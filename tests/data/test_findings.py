@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -207,8 +208,9 @@ def test_batches_do_not_change_what_is_remembered() -> None:
     single = remember(rows, "messages")
     whole = Memory("messages")
     whole.add(rows, single.where, 0, words.hashed([duplicates.parts(row, "messages") for row in rows]))
-    for name in ("exact", "parts", "signatures", "bands"):
+    for name in ("exact", "parts", "signatures", "sources"):
         assert np.array_equal(getattr(single, name), getattr(whole, name)), name
+    assert all(np.array_equal(single.band(index), whole.band(index)) for index in range(words.BANDS))
 
 
 # --- duplicates -----------------------------------------------------------------------------------------------------
@@ -389,6 +391,13 @@ def test_openings_that_tell() -> None:
     assert found.values["openings"] == [
         {"words": "here is what", "chosen": 100, "rejected": 0}, {"words": "i m sorry", "chosen": 0, "rejected": 100},
     ]  # fmt: skip
+
+
+def test_openings_beyond_the_limit_are_forgotten_the_rare_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "OPENINGS", 6)
+    counters = Counter({"often": 9, "twice": 2, "once": 1, "too": 1}), Counter({"often": 8, "a": 1, "b": 1, "c": 1})
+    pairs._forget_rare(counters)
+    assert counters == (Counter({"often": 9, "twice": 2}), Counter({"often": 8}))
 
 
 def test_forms_that_tell() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from alignment.data import prepare as module
+from alignment.data import cache as cached
 from alignment.data import templates
-from alignment.data.prepare import load_rows, prepare
+from alignment.data.prepare import Prepared, load_rows, prepare
 from alignment.errors import DataError, StorageError
 from alignment.recipe.schema import DataLimits, Source, Stage
 
@@ -51,8 +51,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tokenizer: Tokenizer, cache: Path) -> Callable[..., module.Prepared]:
-    def go(stage: Stage, schema: Any = "messages", max_length: int | None = 64, say: Any = None) -> module.Prepared:
+def run(tokenizer: Tokenizer, cache: Path) -> Callable[..., Prepared]:
+    def go(stage: Stage, schema: Any = "messages", max_length: int | None = 64, say: Any = None) -> Prepared:
         return prepare(stage, schema, tokenizer, max_length=max_length, cache=cache, say=Log() if say is None else say)
 
     return go
@@ -130,7 +130,7 @@ def test_text_is_packed_in_seeded_order_and_nothing_is_lost(
     assert done.report["train"]["tokens"] == len(ids)
     # The blocks do not depend on how many documents are tokenized at once.
     monkeypatch.setattr("alignment.data.tokens.BATCH", 3)
-    monkeypatch.setattr(module, "CODE_VERSION", 0)
+    monkeypatch.setattr(cached, "CODE_VERSION", 0)
     again = run(stage(path), "text", 16)
     assert again.train.to_list() == done.train.to_list()
     whole = run(stage(path), "text", None)
@@ -371,7 +371,7 @@ def test_the_second_waits_for_the_first_and_says_so(
     run: Any, stage: MakeStage, lines: Lines, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
-    build, built, log = module._build, [], Log()
+    build, built, log = cached._build, [], Log()
 
     def slow(*arguments: Any) -> None:
         built.append(arguments)
@@ -379,7 +379,7 @@ def test_the_second_waits_for_the_first_and_says_so(
         assert go_on.wait(20)
         build(*arguments)
 
-    monkeypatch.setattr(module, "_build", slow)
+    monkeypatch.setattr(cached, "_build", slow)
     path = lines(CLEAN)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, stage(path))
@@ -423,7 +423,7 @@ def test_a_full_disk_is_a_storage_error(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", full)
+    monkeypatch.setattr(cached, "_write", full)
     with pytest.raises(StorageError, match="token cache cannot be written: No space left on device"):
         run(stage(lines(CLEAN)))
     assert tables(cache) == []

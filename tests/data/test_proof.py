@@ -306,6 +306,13 @@ def test_tool_calls(build_tokenizer: Build) -> None:
     )
     found = proof.prove(tokenizer, [{"messages": talk}], "messages")
     assert found.lines == ["trained-text: 1 of 1 rows: the template does not write the call of lookup"]
+    # ... and takes that null: then our empty text becomes it.
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ m['content'] }}", "+ (m['content'] or '') }}")
+    found = proof.prove(tokenizer, [{"messages": talk}], "messages")
+    assert (found.lines, found.rows, found.answers) == ([], 1, 2)
+    trained = templates.encode_messages(tokenizer, talk)
+    text = tokenizer.decode([token for token, flag in zip(trained.ids, trained.trained, strict=True) if flag])
+    assert text.startswith('<call>{"name": "lookup", "arguments": {"x": 1}}</call><|im_end|>')
 
 
 def test_the_proof_looks_at_what_is_trained(build_tokenizer: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from alignment import cli, inspecting
 from alignment.data.prepare import prepare
 from alignment.recipe.algorithms import ALGORITHMS
-from alignment.recipe.load import load_recipe, resolve
+from alignment.recipe.load import load_recipe, max_length, resolve
 
 Lines = Callable[..., Path]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in ("n", "s", "t", "rk", "lm", "nd")]
@@ -63,7 +63,7 @@ def trained(path: Path, cache: Path) -> Any:
     schema = ALGORITHMS[stage.algorithm].schema
     assert schema is not None
     return prepare(
-        stage, schema, inspecting.Tokenizers(loaded).of("it"), max_length=inspecting.max_length(stage), cache=cache,
+        stage, schema, inspecting.Tokenizers(loaded).of("it"), max_length=max_length(stage), cache=cache,
         say=lambda text: None,
     )  # fmt: skip
 
@@ -150,6 +150,40 @@ def test_data_sets_that_another_tool_describes(lines: Lines, check: Any, recipe:
     code, report = check(recipe({"train": [source]}, algorithm="sft"))
     assert (code, report["rows"]["kept"], report["findings"]) == (0, 40, [])
     assert report["stages"][0]["proof"]["rows"] == 40
+
+
+def test_descriptions_and_columns_on_the_command_line(lines: Lines, check: Any, recipe: Any, tmp_path: Path) -> None:
+    rows = lines([{"q": prose(2 * seed), "a": prose(2 * seed + 1)} for seed in range(40)], "rows.jsonl")
+    code, report = check(rows)
+    assert code == 2
+    assert "--column prompt=question" in report["error"]
+    named = ("--column", "prompt=q", "--column", "completion=a")
+    code, report = check(rows, *named)
+    assert (code, report["rows"]["kept"], report["findings"]) == (0, 40, [])
+    described = tmp_path / "dataset_info.json"
+    entry = {"file_name": "rows.jsonl", "columns": {"prompt": "q", "response": "a"}}
+    described.write_text(json.dumps({"mine": entry, "other": {"file_name": "none.jsonl"}}))
+    assert check(described)[0] == 2
+    code, report = check(described, "--subset", "mine")
+    assert (code, report["rows"]["kept"]) == (0, 40)
+    axolotl = tmp_path / "axolotl.yaml"
+    axolotl.write_text(
+        f"base_model: x\ndatasets:\n  - {{path: {rows}, type: {{field_instruction: q, field_output: a}}}}\n"
+    )
+    code, report = check(axolotl)
+    assert (code, report["rows"]["kept"], report["stages"][0]["schema"]) == (0, 40, "messages")
+    path = recipe({"train": [{"path": str(described), "subset": "mine"}]}, algorithm="sft")
+    assert "belong to files" in check(path, "--subset", "mine")[1]["error"]
+
+
+def test_ranks_are_margins(lines: Lines, check: Any) -> None:
+    rows = [
+        {"prompt": prose(9 * seed), "answers": [{"answer": prose(9 * seed + at), "rank": at} for at in (1, 2, 4)]}
+        for seed in range(1, 9)
+    ]
+    _, report = check(lines(rows))
+    margin = report["stages"][0]["pairs"]["margin"]
+    assert (margin["rows"], margin["p50"], margin["negative"]) == (8, 3.0, 0)
 
 
 def test_evaluation_sets_of_one_description_are_told_apart(

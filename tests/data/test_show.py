@@ -58,7 +58,7 @@ def test_what_is_cut_and_why_a_row_is_dropped(tokenizer: PreTrainedTokenizerFast
     assert lines[1].endswith("2 cut")
     assert lines[-2:] == ["trained      | Yes, perhaps; one two three four", "cut          | .<|im_end|>"]
     lines = shown({"messages": TALK}, settings("messages", 3, "drop"), tokenizer)
-    assert lines[2] == "dropped: more tokens than train.max_length, and data.on_overlong is drop"
+    assert lines[2].startswith("dropped: more tokens than train.max_length: data.on_overlong is drop")
     lines = shown({"messages": [{"role": "user", "content": "a</s>"}, TALK[1]]}, settings("messages"), tokenizer)
     assert lines[1].startswith("dropped: content that holds a control token")
 
