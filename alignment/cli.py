@@ -64,6 +64,13 @@ def _check(arguments: argparse.Namespace) -> int:
     plans = _memory_plans(recipe, arguments)
     found = check(recipe, quick=arguments.quick or bool(plans))
     found.problems += [line for plan in plans if (line := problem(plan))]
+    if arguments.deep and not found.problems:
+        from alignment.training.deep import deep
+
+        more = deep(recipe, runs=arguments.runs, run=recipe.name, recipe_path=arguments.recipe)
+        found.checked += more.checked
+        found.unchecked += more.unchecked
+        found.problems += more.problems
     code = int(ExitCode.BAD_INPUT if found.problems else ExitCode.DONE)
     if arguments.json:
         memory = {plan.stage: facts(plan) for plan in plans}
@@ -324,6 +331,9 @@ def _add_check(commands: Any) -> None:
     )  # fmt: skip
     _add_recipe(parser)
     parser.add_argument("--quick", action="store_true", help="only what needs no tokenizer: well under a second")
+    parser.add_argument("--deep", action="store_true",
+                        help="also build every stage whose parents are finished, and make a step without effect: "
+                        "recipes/checks.md")  # fmt: skip
     parser.add_argument("--gpus", type=_positive(int), metavar="N",
                         help="plan the memory on N GPUs (default: launch.processes of each stage)")  # fmt: skip
     parser.add_argument("--memory", type=_positive(float), metavar="GB",

@@ -38,6 +38,7 @@ GRADIENT_SPIKE = 20.0  # times the median norm: clipping hides it from the weigh
 CHANCE = 0.55  # accuracy on training pairs: a coin gives 0.5
 DISPLACED = 1.0  # of the implicit reward: with beta 0.1 both answers are e^10 times less likely than at the start
 MARGIN = 0.01  # of the implicit reward: a margin of this size takes less than 1 % off the sigmoid loss
+SEPARABLE = 0.999  # accuracy on training rows: nothing that has to be learned is right at once, every time
 POSITIVE = 0.75  # share of lines: margins that are only noise are positive in half of them
 
 Severity = Literal["warning", "error"]
@@ -221,6 +222,31 @@ def _loss_flat(series: Series) -> Seen | None:
     return _seen(abs(loss.last - loss.first) <= limit and not doubtful, loss)
 
 
+def _zero(series: Series, key: str) -> Seen | None:
+    points = series.points(key)
+    zero = [step for step, value in points if value == 0]
+    shows = f"{key} is exactly 0 in {len(zero)} of {len(points)} lines"
+    return Seen((zero[0], zero[-1]), shows) if len(zero) > len(points) / 2 else None
+
+
+def _loss_zero(series: Series) -> Seen | None:
+    return _zero(series, "loss")
+
+
+def _gradient_zero(series: Series) -> Seen | None:
+    return _zero(series, "grad_norm")
+
+
+def _accuracy_one(series: Series) -> Seen | None:
+    for key in ("accuracy", "rewards/accuracies", "mean_token_accuracy"):
+        points = series.points(key)
+        # The first line may be of the first step, before which policy and reference are equal.
+        first = points[1 : max(LINES // 2, len(points) // 5) + 1]
+        if len(points) >= LINES and all(value >= SEPARABLE for _, value in first):
+            return Seen((first[0][0], first[-1][0]), f"{key} is {first[0][1]:.4g} from step {first[0][0]} on")
+    return None
+
+
 def _gradient_spikes(series: Series) -> Seen | None:
     points = series.points("grad_norm")
     norms = [norm for _, norm in points]
@@ -265,6 +291,27 @@ RULES: tuple[Rule, ...] = (
         cause="numbers that overflow: a rate that is too high, or rows that are broken",
         remedy="lower {train.learning_rate} or {train.max_grad_norm}; look at the rows in {data}",
         severity="error", lines=1,
+    ),
+    Rule(
+        "loss-zero", ("loss",), _loss_zero, unless=(*PPO, "reward"),  # GRPO's is 0 wherever advantages cancel out
+        cause="no token carries loss (rows cut at their answers, a mask that is all zeros), or policy and reference "
+        "move together",
+        remedy="look at the trained tokens in {data.train} (alignment data show), and at {train.max_length}",
+        severity="error",
+    ),
+    Rule(
+        "gradient-zero", ("grad_norm",), _gradient_zero,
+        cause="nothing reaches the trained weights: a frozen model, a loss that is constant, or equal rewards in every "
+        "group",
+        remedy="look at {peft.target_modules} and {train.gradient_checkpointing}; with rewards, whether they differ",
+        severity="error",
+    ),
+    Rule(
+        "accuracy-one", (), _accuracy_one,
+        cause="what tells the answers apart is trivial (an end that is missing, a name, a format), or the answer "
+        "stands in the prompt",
+        remedy="look at the pairs in {data.train} with `alignment data check`, which tries to tell them apart by "
+        "length and by single words",
     ),
     Rule(
         "gradient-spikes", ("grad_norm",), _gradient_spikes,

@@ -18,7 +18,7 @@ Schema = Literal["text", "messages", "preference", "unpaired", "prompts"]
 Kind = Literal["causal-lm", "sequence-classification"]
 Train = Mapping[str, Any]
 TRAINED = frozenset(
-    {"model", "data", "batch", "train", "peft", "precision", "chat_template", "checkpoints", "report_to"}
+    {"model", "data", "batch", "train", "peft", "precision", "chat_template", "checkpoints", "report_to", "skip_checks"}
 )
 
 

@@ -12,6 +12,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from alignment.recipe.invariants import INVARIANTS, SKIPPABLE
+
+
+def _check(name: str) -> str:
+    if name not in SKIPPABLE:
+        needed = "is always made" if name in INVARIANTS else f"is no check; there are {', '.join(SKIPPABLE)}"
+        raise ValueError(f"{name} {needed}")
+    return name
+
+
+Check = Annotated[str, AfterValidator(_check)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
@@ -307,6 +318,9 @@ class Launch(Section):
         default=None, description="an own `accelerate` configuration, instead of the two above"
     )
     env: dict[str, str] = Field(default_factory=dict)
+    timeout: Annotated[int, Field(ge=0, strict=True)] = Field(
+        default=1200, description="seconds without a step after which a run counts as hung; 0: never"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Launch:
@@ -402,6 +416,9 @@ class Stage(Section):
     chat_template: str | None = None
     launch: Launch | None = None
     checkpoints: Checkpoints | None = None
+    skip_checks: list[Check] = Field(
+        default_factory=list, description="checks of the first batch that are left out, by name (recipes/checks.md)"
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
 

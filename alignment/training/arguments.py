@@ -107,6 +107,8 @@ def _owned(spec: StageSpec, compute: torch.dtype) -> dict[str, Any]:
         "report_to": list(stage.report_to or []) or "none",
         "run_name": f"{spec.run}/{spec.stage}",
     }
+    if "ddp_timeout" not in stage.train:  # ours speaks first: a collective's only says that it waited
+        owned["ddp_timeout"] = max(1800, stage.launch.timeout + 600)
     if on_cpu:
         # `use_cpu` would silently turn DeepSpeed into plain DDP, so a sharded run says gloo and nothing else.
         owned |= {"ddp_backend": "gloo"} if processes > 1 or sharded else {}

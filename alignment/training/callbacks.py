@@ -1,4 +1,4 @@
-"""What happens around the steps: sealing checkpoints, the log, the progress line, the first loss, preemption."""
+"""What happens around the steps: sealing checkpoints, the log, the progress line, preemption."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.errors import UserError
 from alignment.pipeline import runs, seals
-from alignment.training.trainers import Checked, check_gradients
 
 UNDER_TIME = ("runtime", "per_second", "epoch_time", "tokens_per_second")  # durations and rates, kept apart in the log
 
@@ -52,30 +50,6 @@ class Seal(TrainerCallback):
                 # Without its seal it is absent, so a kill in the middle of the removal leaves nothing half-good.
                 (path / seals.SEALED).unlink()
                 shutil.rmtree(path)
-
-
-class FirstStep(TrainerCallback):
-    """Refuses non-finite gradients at every step, and a first loss that theory says cannot be."""
-
-    def __init__(self, trainer: Trainer, expected: float | None, say: Callable[[str], None]):
-        self.trainer, self.expected, self.say = trainer, expected, say
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Checks before the weights change."""
-        check_gradients(self.trainer)
-        if state.global_step > 0 or self.expected is None:
-            return
-        assert isinstance(self.trainer, Checked) and self.trainer.first_loss is not None
-        found, tolerance = self.trainer.first_loss, 0.02 * max(1.0, abs(self.expected))
-        if abs(found - self.expected) > tolerance:
-            raise UserError(
-                f"the first loss is {found:.4f}, it must be {self.expected:.4f}: before the first update policy and "
-                "reference give the same log-probabilities (a reward head gives 0). Usual causes: a reference that is "
-                "not the policy's start, dropout, another template or tokenizer"
-            )
-        self.say(f"  first loss {found:.4f}, as it must be ({self.expected:.4f})")
 
 
 class Log(TrainerCallback):

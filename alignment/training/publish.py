@@ -29,6 +29,7 @@ from alignment.training import readback
 from alignment.training.arguments import is_main
 from alignment.training.card import card
 from alignment.training.context import Context
+from alignment.training.probe import log_probability
 
 PUBLISHING = ".publishing"
 SCALE_ROWS = 512  # pairs on which the scale of a reward model's scores is measured
@@ -58,7 +59,7 @@ def publish(ctx: Context, trainer: Trainer, metrics: dict[str, float]) -> dict[s
     shutil.rmtree(beside / "ref", ignore_errors=True)
     _save_tokenizer(ctx, beside)
     _check_weights(beside)
-    model = _describe(ctx, trainer, beside) | scale
+    model = _describe(ctx, trainer, beside) | scale | _said_of_probe(ctx, trained, probe)
     runs.write_text(beside / "README.md", mask(card(ctx.spec, model, metrics)))
     _read_back(beside, ctx, probe, trained, _sizes(trainer))
     return {"files": _move(beside, ctx.spec.output), "model": model, "tokenizer": describe(ctx.tokenizer)}
@@ -73,6 +74,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _said_of_probe(ctx: Context, logits: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """The mean log-probability of the probe's tokens: the stages that start from here compare theirs with it."""
+    if ctx.row.publishes != "causal-lm":
+        return {}
+    exact = ctx.compute == torch.float32 and ctx.spec.config.precision.weights == "float32"
+    return {
+        "probe_log_prob": log_probability(logits, ids),
+        "probe_dtype": "float32" if exact and ctx.model.quantization is None else "bfloat16",
+    }
 
 
 def _logits(trainer: Trainer, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,14 +6,13 @@ of them changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
-from alignment.errors import NonFiniteError
+from alignment.training import nonfinite
 from alignment.training.online import Online
 
 
@@ -22,17 +21,26 @@ class Checked:
 
     first_loss: float | None = None  # mean loss of the first optimizer step, over its micro-batches; this rank's
     _first: torch.Tensor | None = None
+    step_rows: Sequence[Sequence[int]] = ()  # of the step's forward passes: places in the training table
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         # Rows are tokenised by alignment.data: what was checked and shown is what is trained.
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        # The sampler that groups rows by length sees only the columns that are kept; no collator passes this one on.
+        # The sampler that groups rows by length sees only the columns that are kept; no collator passes these on.
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         columns: list[str] = self._signature_columns  # type: ignore[has-type]
-        if self.args.length_column_name not in columns:  # type: ignore[attr-defined]
-            self._signature_columns = [*columns, self.args.length_column_name]  # type: ignore[attr-defined]
+        own = [self.args.length_column_name, nonfinite.ROW]  # type: ignore[attr-defined]
+        self._signature_columns = [*columns, *(name for name in own if name not in columns)]
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        # Which rows these are is for us; no model takes it.
+        if isinstance(inputs, Mapping) and nonfinite.ROWS in inputs:
+            rows = inputs[nonfinite.ROWS].tolist()
+            self.step_rows = [*self.step_rows, rows]
+            inputs = {key: value for key, value in inputs.items() if key != nonfinite.ROWS}
+        return super()._prepare_inputs(inputs)  # type: ignore[misc]
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's loss, refused if it is not finite.
@@ -40,12 +48,8 @@ class Checked:
         Checked here and not in a callback: DeepSpeed's engine updates inside `backward`.
         """
         result = super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
-        loss = result[0] if isinstance(result, tuple) else result
-        if model.training and not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}; nothing was updated. Usual causes: "  # type: ignore[attr-defined]
-                "a learning rate that is too high, rows without a trained token, a division by an empty mask"
-            )
+        if model.training:
+            nonfinite.require_finite_loss(self, result[0] if isinstance(result, tuple) else result)
         return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,6 +68,10 @@ class Checked:
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        nonfinite.require_finite_weights(self)
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         if state_dict is not None:
             state_dict = without_tied(self.model, state_dict)  # type: ignore[attr-defined]
@@ -80,22 +88,6 @@ def without_tied(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, tor
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: tensor for name, tensor in state.items() if name not in tied or tied[name] not in state}
-
-
-def check_gradients(trainer: Trainer) -> None:
-    """Stop before the update if a gradient is not finite.
-
-    Under DeepSpeed the engine holds the gradients and has already stepped; a non-finite one shows in the next loss.
-
-    Raises:
-        NonFiniteError: naming the step.
-    """
-    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-    if trainer.is_deepspeed_enabled or not gradients:
-        return
-    if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        step = trainer.state.global_step + 1
-        raise NonFiniteError(f"step {step}: a gradient is not finite though the loss is; nothing was updated")
 
 
 class SFT(Checked, SFTTrainer):

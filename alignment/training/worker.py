@@ -17,8 +17,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from alignment.pipeline import chains, runs
 from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.credentials import Masked, mask
-from alignment.recipe.load import full_train, max_length
-from alignment.training import callbacks, handoff, publish
+from alignment.recipe.load import max_length
+from alignment.training import callbacks, early, handoff, invariants, nonfinite, publish, watchdog
 from alignment.training.arguments import (
     accumulation,
     build_arguments,
@@ -92,7 +92,8 @@ def run_stage(spec: StageSpec) -> int:
         with runs.lock_stage(spec.output, spec.attempt, say=_say) if is_main() else nullcontext():
             runs_status(spec, state="running", code=0)
             try:
-                _run(spec)
+                with watched(spec) as dog:
+                    _run(spec, dog)
                 outcome = {"state": "done", "code": ExitCode.DONE, "message": ""}
             except Preempted as left:
                 outcome = {"state": "preempted", "code": left.code, "message": str(left)}
@@ -120,8 +121,36 @@ def _storage(error: OSError) -> dict[str, Any]:
     return {"state": "failed", "code": StorageError.code, "message": text}
 
 
+@contextmanager
+def watched(spec: StageSpec) -> Iterator[watchdog.Watchdog]:
+    """A watchdog while a stage that trains runs; a hang ends this process from within its thread."""
+
+    def tell(message: str, rank: int) -> None:
+        print(f"alignment: stage {spec.stage}: {message}", file=sys.stderr, flush=True)
+        runs.write_status(
+            spec.output, attempt=spec.attempt, state="failed", code=ExitCode.HANG, message=message, rank=rank
+        )
+
+    trains = ALGORITHMS[spec.config.algorithm].config is not None
+    rank = int(os.environ.get("RANK", "0"))
+    timeout = spec.config.launch.timeout if trains else 0
+    dog = watchdog.Watchdog(
+        spec.output, attempt=spec.attempt, rank=rank, ranks=world_size(), timeout=timeout, tell=tell
+    )
+    dog.start()
+    try:
+        yield dog
+    finally:
+        dog.stop()
+
+
 def runs_status(spec: StageSpec, **fields: Any) -> None:
-    """Write `status.json`: rank 0 always, another rank only to report its own failure."""
+    """Write `status.json`: rank 0 always, another rank only to report its own failure; a hang stays the cause."""
+    if fields.get("state") == "failed":
+        with suppress(UserError):  # a damaged file is written anew
+            known = runs.read_status(spec.output)
+            if known is not None and known["attempt"] == spec.attempt and known["code"] == ExitCode.HANG:
+                return
     if is_main() or fields.get("state") == "failed":
         runs.write_status(spec.output, attempt=spec.attempt, **fields)
 
@@ -131,7 +160,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _run(spec: StageSpec) -> None:
+def _run(spec: StageSpec, dog: watchdog.Watchdog) -> None:
     """The stage itself."""
     started = time.monotonic()
     row = ALGORITHMS[spec.config.algorithm]
@@ -145,10 +174,9 @@ def _run(spec: StageSpec) -> None:
         metrics = resolve_import(row.build)(ctx)()
         _finish(ctx, {"files": _plain_files(spec)}, metrics, started)
         return
-    ctx = _prepare(ctx)
-    ctx = replace(ctx, args=build_arguments(spec, compute=compute, has_eval=ctx.rows.eval is not None))
-    trainer: Trainer = resolve_import(row.build)(ctx)
+    ctx, trainer = built(ctx)
     preemption = _instrument(ctx, trainer)
+    dog.follow(trainer)
     _header(ctx, trainer)
     checkpoint = _checkpoint(spec)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -159,11 +187,22 @@ def _run(spec: StageSpec) -> None:
         )
     if getattr(trainer, "stopped", None):
         _say(f"  stopped after update {trainer.state.global_step}: {trainer.stopped}")
+    nonfinite.require_finite_weights(trainer)
     metrics = _metrics(ctx, trainer)
     published = publish.publish(ctx, trainer, metrics)
     if published is not None:
         _finish(ctx, published, metrics, started)
     trainer.accelerator.wait_for_everyone()
+
+
+def built(ctx: Context) -> tuple[Context, Trainer]:
+    """The rows, arguments, model and trainer of a stage."""
+    ctx = _prepare(ctx)
+    args = build_arguments(ctx.spec, compute=ctx.compute, has_eval=ctx.rows.eval is not None)
+    ctx = replace(ctx, args=args)
+    trainer: Trainer = resolve_import(ctx.row.build)(ctx)
+    _float32_where_trained(trainer)
+    return ctx, trainer
 
 
 # --- before any process group exists ------------------------------------------------------------------------------
@@ -248,17 +287,18 @@ def _rows(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 
 def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
-    """Add our callbacks, remove upstream's printers, and make trained weights float32."""
+    """Add our callbacks and remove upstream's printers."""
     spec, row = ctx.spec, ctx.row
-    _float32_where_trained(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     preemption = callbacks.Preemption(trainer.args.device)
-    expected = row.expected_first_loss(full_train(spec.config))
+    nonfinite.follow_rows(trainer)
     wait: Callable[[], None] = trainer.accelerator.wait_for_everyone
     for callback in (
         preemption,
-        callbacks.FirstStep(trainer, expected, _say),
+        nonfinite.Finite(trainer, keeps=row.schema != "prompts"),
+        invariants.FirstBatch(ctx, trainer, _say),
+        early.Early(spec.stage, _say),
         callbacks.Log(spec.output / runs.LOG, getattr(trainer, "for_the_log", dict)),
         callbacks.Progress(spec.stage, row.metric),
         callbacks.Seal(fingerprint_sha256=spec.fingerprint_sha256, keep=spec.config.checkpoints.keep, wait=wait),
@@ -351,4 +391,5 @@ def _finish(ctx: Context, published: dict[str, Any], metrics: dict[str, float], 
         batch=batch,
         metrics=metrics,
     )
+    record |= {"checks": invariants.recorded(spec.output)}
     runs.write_manifest(spec.output, record | {"time": {"seconds": round(time.monotonic() - started, 1)}})

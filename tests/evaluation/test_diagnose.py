@@ -97,7 +97,7 @@ def plant(
 def test_nothing_is_found_in_a_healthy_log(
     kind: str, lines: int, tmp_path: Path, write_jsonl: Callable[..., Path]
 ) -> None:
-    looking = {"sft": 4, "reward": 4, "dpo": 5, "kto": 4, "ppo": 14}[kind]
+    looking = {"sft": 7, "reward": 7, "dpo": 8, "kto": 7, "ppo": 16}[kind]
     for seed in range(8):
         found = plant(tmp_path, log(kind, lines, seed), write_jsonl)
         assert found.findings == (), (seed, found.findings)
@@ -116,6 +116,11 @@ def line(start: float, end: float, noise: float = 0.0) -> tuple[Curve, float]:
 
 NO_SCORE = {"objective/scores": flat(0.3, 0.1), "rewards/gold": flat(1.2, 0.2)}
 FAULTS: list[tuple[str, str, dict[str, tuple[Curve, float]], str]] = [
+    ("loss-zero", "kto", {"loss": ((lambda t: 0.5 if t < 0.3 else 0.0), 0.0)}, "loss is exactly 0 in 42 of 60 lines"),
+    ("gradient-zero", "reward", {"grad_norm": flat(0.0)}, "grad_norm is exactly 0 in 60 of 60 lines"),
+    ("accuracy-one", "dpo", {"rewards/accuracies": ((lambda t: 0.0 if t == 0 else 1.0), 0.0)}, "is 1 from step 2 on"),
+    ("accuracy-one", "reward", {"accuracy": flat(1.0)}, "accuracy is 1 from step 2 on"),
+    ("accuracy-one", "sft", {"mean_token_accuracy": flat(1.0)}, "mean_token_accuracy is 1 from step 2 on"),
     ("gradient-spikes", "sft", {"grad_norm": ((lambda t: 40.0 if 0.5 < t < 0.52 else 0.5), 0.05)}, "at step 31"),
     ("gradient-spikes", "ppo", {"grad_norm": ((lambda t: 90.0 if t > 0.7 else 0.5), 0.05)}, "at step 43"),
     ("loss-rises", "sft", {"loss": line(1.2, 1.9, 0.05)}, "loss 1."),
@@ -259,7 +264,7 @@ def test_rank_correlation_by_hand() -> None:
 def test_too_few_lines_are_not_judged(tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     entries = log("sft", LINES - 1, loss=line(1, 9))
     found = plant(tmp_path, entries, write_jsonl, "sft")
-    assert found.rules == ("non-finite",)
+    assert found.rules == ("non-finite", "accuracy-one")  # which finds nothing in so few
     assert text(found) == [
         "sft: too few logged steps (9) to judge, 10 are needed: lower stages.sft.train.logging_steps; "
         "its numbers are finite"

@@ -85,6 +85,8 @@ def test_a_reference_that_is_not_the_start_is_named(
 
     monkeypatch.setattr(builders, "load_policy", other)
     run = run_recipe(tiny_recipe("dpo", dpo={"model": str(tiny_run / "sft")}), tmp_path, expect=1)
-    assert "the first loss is" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "reference: a chosen answer has log-probability" in said
+    assert "the base instead of the SFT model" in said
     assert json.loads((run / "dpo" / "status.json").read_text())["code"] == 1
     assert not (run / "dpo" / "manifest.json").exists()

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from alignment.errors import ExitCode
 from alignment.models.load import load_policy, load_scorer
 from alignment.pipeline import runs, seals
-from alignment.training import callbacks, trainers, worker
+from alignment.training import callbacks, nonfinite, trainers, worker
 
 Recipe = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -238,16 +238,17 @@ def test_what_is_not_finite_stops_before_the_update(
             if state.global_step == 3:
                 next(self.trainer.model.parameters()).grad[0] = float("inf")
 
-        check = callbacks.FirstStep.on_pre_optimizer_step
+        check = nonfinite.Finite.on_pre_optimizer_step
         monkeypatch.setattr(
-            callbacks.FirstStep,
+            nonfinite.Finite,
             "on_pre_optimizer_step",
             lambda self, *args, **kwargs: (plant(self, *args, **kwargs), check(self, *args, **kwargs))[1],
         )
     recipe = tiny_recipe("sft", sft={"model": str(tiny_run / "base")})
     run = run_recipe(recipe, tmp_path, expect=ExitCode.NON_FINITE)
     assert f"step 4: {'the loss is nan' if where == 'loss' else 'a gradient is not finite'}" in capsys.readouterr().err
-    assert [path.name for path in seals.checkpoints(run / "sft")] == ["checkpoint-2"]
+    # The state before the step is kept beside the last regular one.
+    assert [path.name for path in seals.checkpoints(run / "sft")] == ["checkpoint-3", "checkpoint-2"]
     assert not (run / "sft" / "manifest.json").exists()
     status = runs.read_status(run / "sft")
     assert (status["state"], status["code"]) == ("failed", 6)
