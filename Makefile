@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all ci-slow lint format audit clean
+.PHONY: quickstart test test-all ci-slow crash-test lint format audit clean
 
 # The stamp names what was installed, so that a changed pin installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ test-all: $(VENV)/.installed-dev
 
 ci-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m ci_slow
+
+# 200 kills and every kind of damage; prints its seed, and `make crash-test SEED=...` draws the same again.
+crash-test: $(VENV)/.installed-dev
+	$(BIN)/python tests/crash $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ChainError, ExitCode, RecipeError
-from alignment.pipeline import chains, describe, launch
+from alignment.pipeline import chains, describe, launch, space
 from alignment.pipeline import plan as planning
-from alignment.pipeline.locks import lock, refuse_if_held
+from alignment.pipeline.files import sweep
+from alignment.pipeline.locks import holder, lock, refuse_if_held
 from alignment.pipeline.memory import plan as memory_plan
 from alignment.pipeline.memory.source import Machine
 from alignment.pipeline.plan import StagePlan
@@ -91,11 +92,16 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
 
 def _memory(request: Request, name: str) -> dict[str, Any]:
     """What a stage needs on this machine's devices, as it would be launched."""
+    machine = _machine(request, name)
+    plan = memory_plan.assess(request.recipe, name, machine, run=request.folder)
+    return {"text": memory_plan.brief(plan, cuda=machine.cuda), **memory_plan.facts(plan)}
+
+
+def _machine(request: Request, name: str) -> Machine:
+    """This machine, as a stage would be launched on it."""
     config = resolve(request.recipe, name).launch
     cuda = bool(launch.gpus({**os.environ, **config.env}))
-    machine = Machine(config.processes, cuda=cuda, fast_bfloat16=cuda or launch.cpu_has_amx())
-    plan = memory_plan.assess(request.recipe, name, machine, run=request.folder)
-    return {"text": memory_plan.brief(plan, cuda=cuda), **memory_plan.facts(plan)}
+    return Machine(config.processes, cuda=cuda, fast_bfloat16=cuda or launch.cpu_has_amx())
 
 
 def execute(request: Request, say: Say) -> dict[str, Any]:
@@ -147,6 +153,8 @@ def _stage(request: Request, name: str, say: Say) -> dict[str, Any]:
     title, spec, folder = describe.title(request.recipe, name), plan.spec, plan.spec.output
     if plan.status == "done":
         planning.record_forced(spec)
+        if holder(folder) is None:
+            sweep(folder)  # what a kill between the manifest and the last status left
         metrics = (read_manifest(folder) or {}).get("metrics") or {}
         shown = describe.key_metrics(metrics)
         say(f"{title}: done already{f' ({shown})' if shown else ''}")
@@ -155,6 +163,7 @@ def _stage(request: Request, name: str, say: Say) -> dict[str, Any]:
     refuse_if_held(folder)
     spec = chains.admit(spec, force=request.force)
     plan = replace(plan, spec=spec)
+    space.refuse_if_full(request.recipe, name, request.folder, _machine(request, name))
     say(f"{title}: {describe.status(plan)}")
     for line in describe.details(request.recipe, plan):
         say(line)

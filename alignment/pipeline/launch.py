@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ChainError, ExitCode, RecipeError
+from alignment.pipeline import space
 from alignment.pipeline.plan import StageSpec
 from alignment.pipeline.runs import read_manifest, read_status
 from alignment.pipeline.supervise import run
@@ -151,6 +152,9 @@ def outcome(spec: StageSpec) -> tuple[int, str]:
         status = read_status(spec.output)
     except ChainError as damage:
         return ExitCode.FAILED, str(damage)
+    without_word = status is None or status.get("attempt") != spec.attempt or status.get("state") == "running"
+    if without_word and (refused := space.refusal(spec.output)) is not None:
+        return ExitCode.STORAGE, refused
     if status is None or status.get("attempt") != spec.attempt:
         return ExitCode.FAILED, "the worker ended before it could say why"
     if status.get("state") == "running":

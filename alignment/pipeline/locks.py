@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def lock(folder: Path, attempt: str = "", *, say: Callable[[str], None] = print)
         try:
             yield
         finally:
-            os.ftruncate(descriptor, 0)
+            with suppress(OSError):  # a failing disk: the block's own error says so
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 

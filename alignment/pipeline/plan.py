@@ -324,7 +324,18 @@ def locate(stage: Resolved) -> Resolved:
 
 
 def _dumped(section: Section) -> dict[str, Any]:
-    return section.model_dump(mode="json", by_alias=True, exclude_none=True)
+    """A section as plain values, without nulls but for those that say something: where null is not the default."""
+    content: dict[str, Any] = section.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for name, info in type(section).model_fields.items():
+        key, value = info.alias or name, getattr(section, name)
+        if value is None and info.default is not None and not info.is_required():
+            content[key] = None
+        elif isinstance(value, Section):
+            content[key] = _dumped(value)
+        elif isinstance(value, list | tuple):
+            parts = zip(value, content[key], strict=True)
+            content[key] = [_dumped(part) if isinstance(part, Section) else plain for part, plain in parts]
+    return content
 
 
 def _plain(stage: Stage) -> dict[str, Any]:

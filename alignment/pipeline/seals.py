@@ -7,6 +7,7 @@ is written last, after everything else is on the disk and was read back. What is
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def _unnamed(folder: Path, table: dict[str, dict[str, Any]]) -> str | None:
         if (path.is_symlink() or not path.is_dir()) and name not in table and name != SEALED and path.name[0] != ".":
             return f"{name}: not named in {SEALED}"
     return None
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its seal first: a kill in the middle leaves one that is absent, and none that is half."""
+    (folder / SEALED).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def checkpoints(stage: Path) -> list[Path]:

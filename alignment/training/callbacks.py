@@ -26,6 +26,22 @@ class Seal(TrainerCallback):
     def __init__(self, *, fingerprint_sha256: str, keep: int, wait: Callable[[], None]):
         self.fingerprint_sha256, self.keep, self.wait = fingerprint_sha256, keep, wait
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove what a kill left half made or half removed, and what lies beyond the step at which this run begins.
+
+        The latter is damaged, and made again from here. Left there it would be counted as good by the rotation, which
+        would then remove the one that is.
+        """
+        if state.is_world_process_zero:
+            for folder in seals.checkpoints(Path(args.output_dir)):
+                beyond = int(folder.name.partition("-")[2]) > state.global_step
+                if beyond or not (folder / seals.SEALED).is_file():
+                    seals.remove(folder)
+            self._rotate(Path(args.output_dir), best=state.best_model_checkpoint)  # one may have been cut short
+        self.wait()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the checkpoint of this step once every rank has written its part."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -47,9 +63,7 @@ class Seal(TrainerCallback):
         sealed = [path for path in seals.checkpoints(stage) if (path / seals.SEALED).is_file()]  # newest first
         for path in sealed[self.keep :]:
             if best is None or path.resolve() != Path(best).resolve():
-                # Without its seal it is absent, so a kill in the middle of the removal leaves nothing half-good.
-                (path / seals.SEALED).unlink()
-                shutil.rmtree(path)
+                seals.remove(path)
 
 
 class Log(TrainerCallback):
@@ -182,6 +196,7 @@ class Preemption(TrainerCallback):
 
     def __init__(self, device: torch.device):
         self.received: int | None = None
+        self.left: int | None = None  # the signal on which all ranks agreed to leave
         self.device = device
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
@@ -197,7 +212,7 @@ class Preemption(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         if flag.item() and state.global_step < state.max_steps:
-            self.received = int(flag.item())
+            self.left = int(flag.item())
             control.should_save = True
             control.should_training_stop = True
         elif flag.item():

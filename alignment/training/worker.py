@@ -38,7 +38,8 @@ from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.credentials import Masked, mask
 from alignment.recipe.load import max_length
-from alignment.training import callbacks, early, handoff, invariants, nonfinite, publish, watchdog
+from alignment.training import callbacks, early, exact, handoff, invariants, nonfinite, publish, storage, watchdog
+from alignment.training.actor_critic import switch_off_dropout
 from alignment.training.arguments import (
     accumulation,
     build_arguments,
@@ -106,9 +107,13 @@ def run_stage(spec: StageSpec) -> int:
                 traceback.print_exc()
                 raise
             finally:
+                with suppress(StorageError) if outcome["message"] else nullcontext():  # the first reason is the better
+                    runs_status(spec, rank=rank, **outcome)
+    except UserError as error:  # the lock, or a status that could not be written
+        outcome = {"state": "failed", "code": error.code, "message": str(error)}
+        if isinstance(error, StorageError):
+            with suppress(UserError):  # the disk may have failed for a moment only
                 runs_status(spec, rank=rank, **outcome)
-    except UserError as error:  # the lock
-        outcome = {"code": error.code, "message": str(error)}
     if outcome["message"]:
         where = f" (rank {rank} on {socket.gethostname()})" if world_size() > 1 else ""
         print(f"alignment: stage {spec.stage}: {mask(outcome['message'])}{where}", file=sys.stderr)
@@ -145,11 +150,14 @@ def watched(spec: StageSpec) -> Iterator[watchdog.Watchdog]:
 
 
 def runs_status(spec: StageSpec, **fields: Any) -> None:
-    """Write `status.json`: rank 0 always, another rank only to report its own failure; a hang stays the cause."""
+    """Write `status.json`: rank 0 always, another rank only to report its own failure.
+
+    The first failure stands: the ranks that lose their neighbour fail too, of nothing that helps.
+    """
     if fields.get("state") == "failed":
         with suppress(UserError):  # a damaged file is written anew
-            known = runs.read_status(spec.output)
-            if known is not None and known["attempt"] == spec.attempt and known["code"] == ExitCode.HANG:
+            found = runs.read_status(spec.output)
+            if found is not None and found["attempt"] == spec.attempt and found["state"] in ("failed", "preempted"):
                 return
     if is_main() or fields.get("state") == "failed":
         runs.write_status(spec.output, attempt=spec.attempt, **fields)
@@ -179,17 +187,21 @@ def _run(spec: StageSpec, dog: watchdog.Watchdog) -> None:
     dog.follow(trainer)
     _header(ctx, trainer)
     checkpoint = _checkpoint(spec)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if preemption.received is not None:
+    exact.refuse_inexact(trainer, checkpoint, _say)
+    trainer.callback_handler.callbacks.insert(0, exact.Exact(trainer, spec.output / runs.LOG, checkpoint))
+    with storage.told(spec.output, storage.checkpoint_bytes(trainer)):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if preemption.left is not None:
         raise Preempted(
-            f"left on signal {preemption.received} after step {trainer.state.global_step} of "
+            f"left on signal {preemption.left} after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps}, saved; run the same command again to go on"
         )
     if getattr(trainer, "stopped", None):
         _say(f"  stopped after update {trainer.state.global_step}: {trainer.stopped}")
     nonfinite.require_finite_weights(trainer)
     metrics = _metrics(ctx, trainer)
-    published = publish.publish(ctx, trainer, metrics)
+    with storage.told(spec.output, storage.checkpoint_bytes(trainer)):
+        published = publish.publish(ctx, trainer, metrics)
     if published is not None:
         _finish(ctx, published, metrics, started)
     trainer.accelerator.wait_for_everyone()
@@ -202,6 +214,8 @@ def built(ctx: Context) -> tuple[Context, Trainer]:
     ctx = replace(ctx, args=args)
     trainer: Trainer = resolve_import(ctx.row.build)(ctx)
     _float32_where_trained(trainer)
+    if getattr(args, "disable_dropout", False):
+        switch_off_dropout(trainer.model)  # TRL reaches modules only, not the rates that attention reads itself
     return ctx, trainer
 
 

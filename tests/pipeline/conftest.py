@@ -46,6 +46,9 @@ stages:
     prompts: [{path: rows/prompts.jsonl}]
     sampling: {max_new_tokens: 8}
 """
+# Without shapes it would be Llama 7B, whose checkpoints need more room than a disk may have.
+SMALL = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "vocab_size": 64}  # fmt: skip
 TALK = {"prompt": [{"role": "user", "content": "Hello?"}], "chosen": [{"role": "assistant", "content": "Hello!"}],
         "rejected": [{"role": "assistant", "content": "No."}]}  # fmt: skip
 
@@ -60,7 +63,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "rows" / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 16)
     (tmp_path / "judge.py").write_text("def score(prompts, completions, **columns):\n    return [1.0]\n")
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "base" / "config.json").write_text(json.dumps(SMALL))
     (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)

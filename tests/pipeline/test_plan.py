@@ -83,6 +83,13 @@ def test_stage_yaml_holds_absolute_paths_and_links_as_written(workplace: Path, l
     assert sft.chat_template == "chatml"
 
 
+def test_a_limit_that_was_switched_off_stays_off_in_stage_yaml(load: Callable, look: Callable) -> None:
+    spec = look(load("stages.sft.data.limits={duplicate: null, leak: 0.2}"), "sft").spec
+    read = planning.read_stage(planning.write_stage(spec)).config.data.limits
+    assert (read.duplicate, read.leak, read.truncated) == (None, 0.2, None)
+    assert read == spec.config.data.limits
+
+
 def test_stage_yaml_holds_absolute_paths_of_rewards(
     workplace: Path, load: Callable, look: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

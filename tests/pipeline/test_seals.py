@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from alignment.errors import CheckpointError
-from alignment.pipeline.seals import checkpoints, latest_sealed, seal, seal_fault
+from alignment.pipeline.seals import checkpoints, latest_sealed, remove, seal, seal_fault
 
 
 def checkpoint(stage: Path, step: int, *, sealed: bool = True, fingerprint: str = "f" * 64) -> Path:
@@ -95,3 +96,51 @@ def test_a_shallow_look_compares_sizes_only(tmp_path: Path) -> None:
     flip(folder / "model.safetensors")
     assert seal_fault(folder, deep=False) is None
     assert seal_fault(folder) is not None
+
+
+def test_everything_is_on_the_disk_before_the_seal_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut allows: every file, then its folders, then the seal, its rename, and the folder once more."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).relative_to(tmp_path)}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(f"rename {Path(target).relative_to(tmp_path)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    checkpoint(tmp_path, 4)
+    temporary = f".SEALED.json.{os.getpid()}.tmp"
+    assert done == [
+        "fsync checkpoint-4/inner/optimizer.pt", "fsync checkpoint-4/model.safetensors", "fsync checkpoint-4/inner",
+        "fsync checkpoint-4", f"fsync checkpoint-4/{temporary}", "rename checkpoint-4/SEALED.json",
+        "fsync checkpoint-4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", ["seal", "some files"])
+def test_a_removal_that_is_killed_leaves_nothing_half_good(
+    after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, old = checkpoint(tmp_path, 8), checkpoint(tmp_path, 4)
+
+    class Killed(BaseException):
+        pass
+
+    def tree(folder: Path) -> None:
+        if after == "some files":
+            (folder / "model.safetensors").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", tree)
+        with pytest.raises(Killed):
+            remove(old)
+    assert seal_fault(old) == "not sealed (its writer was stopped)"
+    assert latest_sealed(tmp_path, "f" * 64)[0] == good
+    remove(old)
+    assert checkpoints(tmp_path) == [good]
