@@ -114,6 +114,8 @@ def _run(arguments: argparse.Namespace) -> int:
     say = _silent if arguments.json or arguments.quiet else _say
     if arguments.launch and not arguments.smoke:
         raise RecipeError("--launch belongs to --smoke; a run always goes through the launcher")
+    if arguments.slurm and arguments.smoke:
+        raise RecipeError("--slurm submits jobs, --smoke runs here; give one of them")
     if arguments.smoke:
         from alignment.training.smoke import smoke
 
@@ -128,7 +130,13 @@ def _run(arguments: argparse.Namespace) -> int:
     problems = missing_files(recipe, names) if arguments.dry_run else check(recipe, quick=True, names=names).problems
     if problems:
         raise DataError("\n".join(f"{arguments.recipe}: {line}" for line in problems))
-    summary = (dry_run if arguments.dry_run else execute)(request, say)
+    if arguments.slurm:
+        from alignment.pipeline import submit
+
+        start = submit.write_scripts if arguments.dry_run else submit.submit
+    else:
+        start = dry_run if arguments.dry_run else execute
+    summary = start(request, say)
     for stage, result in summary["stages"].items():
         if result.get("message") and say is _silent:
             print(f"alignment: stage {stage}: {result['message']}", file=sys.stderr)
@@ -137,28 +145,34 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from alignment.pipeline import overview
+    from alignment.pipeline import overview, submit
+    from alignment.pipeline.describe import table
 
     run, stage = overview.find(arguments.name, arguments.runs)
-    states = [overview.stage_state(run / name) for name in ([stage] if stage else overview.stage_names(run))]
+    states = submit.with_jobs([overview.stage_state(run / name) for name in overview.stage_names(run)])
+    states = [state for state in states if stage in (None, state.stage)]
     code = next((state.code for state in states if state.code), 0)
     if arguments.json:
         print(json.dumps({"run": str(run), "code": code, "stages": [_plain(state) for state in states]}))
         return code
-    for line in _table([_state_row(state) for state in states]):
+    for line in table([_state_row(state) for state in states]):
         print(line)
     return code
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from alignment.pipeline import overview
+    from alignment.pipeline import overview, submit
+    from alignment.pipeline.describe import table
 
-    found = {run: [overview.stage_state(run / name) for name in overview.stage_names(run)]
-             for run in overview.runs_in(arguments.runs)}  # fmt: skip
+    every = [overview.stage_state(run / name) for run in overview.runs_in(arguments.runs)
+             for name in overview.stage_names(run)]  # fmt: skip
+    found: dict[Path, list[Any]] = {}
+    for state in submit.with_jobs(every):
+        found.setdefault(state.folder.parent, []).append(state)
     if arguments.json:
         print(json.dumps({run.name: [_plain(state) for state in states] for run, states in found.items()}))
         return 0
-    for line in _table([[run.name, *_state_row(state)] for run, states in found.items() for state in states]):
+    for line in table([[run.name, *_state_row(state)] for run, states in found.items() for state in states]):
         print(line)
     if not found:
         print(f"no runs in {arguments.runs}")
@@ -238,13 +252,8 @@ def _state_row(state: Any) -> list[str]:
 
     progress = f"step {state.step} of {state.steps}" if state.step is not None and state.state != "done" else ""
     time = duration(state.seconds) if state.seconds is not None else ""
-    return [state.stage, state.state, time, progress or state.message or key_metrics(state.metrics)]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    """Rows as aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    told = progress or state.message or key_metrics(state.metrics)
+    return [state.stage, state.state, time, ", ".join(filter(None, (state.job and f"job {state.job}", told)))]
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -350,7 +359,12 @@ def _add_run(commands: Any) -> None:
         "last. Ctrl-C saves and stops; a second one stops at once.\n\n"
         "  alignment run recipes/quickstart.yaml\n"
         "  alignment run recipes/quickstart.yaml --run low-beta --set stages.dpo.train.beta=0.05\n"
-        "  alignment run recipes/quickstart.yaml --stage dpo --force",
+        "  alignment run recipes/quickstart.yaml --stage dpo --force\n\n"
+        "With --slurm it submits one job for each stage that is missing, each after those it links to, and\n"
+        "prints the table of jobs; `alignment runs` shows how they stand. Before its time limit a job saves,\n"
+        "and queues itself again. What to ask the queue for stands under launch.slurm: in the recipe:\n"
+        "recipes/cluster.md.\n\n"
+        "  alignment run recipes/zephyr-7b/full.yaml --slurm --set launch.slurm.partition=gpu",
     )  # fmt: skip
     _add_recipe(parser)
     parser.add_argument("--run", metavar="NAME", help="name of the run directory (default: the recipe's name)")
@@ -367,6 +381,9 @@ def _add_run(commands: Any) -> None:
                         "what is there is renamed, never deleted. Also goes on after a wrong chain (a parent "
                         "that was altered, another template ...), which the manifest records")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print stages, status and command lines; write nothing")
+    parser.add_argument("--slurm", action="store_true",
+                        help="submit the missing stages as Slurm jobs and return; with --dry-run: only write the "
+                        "scripts, STAGE/slurm/job.sh")  # fmt: skip
     parser.add_argument("--smoke", action="store_true",
                         help="two steps of every stage with tiny stand-in models and rows, in RUN-smoke")  # fmt: skip
     parser.add_argument("--launch", action="store_true", help="with --smoke: through the launcher, as a real run")

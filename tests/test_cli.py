@@ -41,7 +41,7 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path) -> None:
     words = ("-m", "alignment", "run", "recipes/quickstart.yaml", "--dry-run", "--runs", str(tmp_path))
     done = python(*words, cwd=root)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accelerate.commands.launch") == 6
+    assert done.stdout.count("alignment.training.launcher") == 6
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +200,7 @@ def test_report_says_what_the_logs_show(tmp_path: Path, capsys: pytest.CaptureFi
     words = ["report", "logged", "--runs", str(tmp_path), "--diagnose"]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "sft: 4 rules looked at 12 logged lines, steps 5 to 60: 1 finding"
+    assert printed[0] == "sft: 7 rules looked at 12 logged lines, steps 5 to 60: 1 finding"
     assert printed[2] == "  warning  loss-rises, steps 5 to 60"
     assert printed[3].startswith("    shows   loss 1.15 in the first fifth, 2.15 in the last (noise ")
     assert "stages.sft.train.learning_rate" in printed[5]

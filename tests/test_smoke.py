@@ -88,3 +88,12 @@ def test_every_deepspeed_file_smokes_with_two_ranks(config: str, tmp_path: Path)
         assert manifest["batch"]["processes"] == 2
         assert (tmp_path / "tiny-chain-smoke" / name / "model.safetensors").stat().st_size > 100_000
     assert json.loads((tmp_path / "tiny-chain-smoke" / "evaluate" / "metrics.json").read_text())
+
+
+def test_a_recipe_for_a_cluster_becomes_one_for_this_host(tmp_path: Path) -> None:
+    from alignment.training.smoke import _on_this_host
+
+    assert _on_this_host({"processes": 16, "nodes": 2, "slurm": {"nodes": 2}, "env": {"A": "b"}}) == {
+        "processes": 2, "env": {"A": "b"},
+    }  # fmt: skip
+    assert _on_this_host({"accelerate": "own.yaml"}) == {"accelerate": "own.yaml"}  # refuses `processes` beside it

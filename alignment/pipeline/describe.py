@@ -87,6 +87,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def source(holder: Stage | Recipe) -> str:
     """Where weights come from: `stage:sft`, a path, or `random weights`."""
     model = holder.model
@@ -141,6 +147,6 @@ def _origins(recipe: Recipe, stage: Stage, row: Algorithm) -> tuple[list[str], l
 
 def _brief(key: str, value: Any) -> str:
     if isinstance(value, Section):
-        content = value.model_dump(by_alias=True, exclude_none=True)
+        content = value.model_dump(by_alias=True, exclude_none=True, exclude={"slurm"})
         return " ".join(f"{name}={item}" for name, item in content.items() if item not in ({}, None))
     return ", ".join(value) if isinstance(value, list) else str(value)

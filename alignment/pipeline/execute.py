@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
         ChainError: the run would be refused.
     """
     names = selected(request)
-    plans = _plan(request, names, hash_files=False)
+    plans = planned(request, names, hash_files=False)
     stages = {}
     for name in names:
         plan = plans[name]
@@ -82,10 +83,10 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
         stages[name] = {"status": plan.status, "waiting_for": list(plan.waiting_for), "path": str(plan.spec.output),
                         "difference": list(plan.difference), "command": launch.command(plan.spec, path),
                         "environment": launch.settings(plan.spec), "memory": memory}  # fmt: skip
-    moved = _to_archive(request, names, plans)
+    moved = to_archive(request, names, plans)
     for name in moved:
         say(f"{name}: {request.folder / name} would be moved aside")
-    _refuse(request, names, plans, moved)
+    refuse(request, names, plans, moved)
     _admit(request, names, plans, deep=False)
     return {"run": str(request.folder), "dry_run": True, "code": 0, "stages": stages}
 
@@ -112,20 +113,10 @@ def execute(request: Request, say: Say) -> dict[str, Any]:
         LockedError: another live process works on this run.
         StorageError: the run directory cannot be written.
     """
-    names = selected(request)
-    plans = _plan(request, names)
-    _refuse(request, names, plans, _to_archive(request, names, plans))
-    _admit(request, names, plans)
-    with lock(request.folder, say=say):
-        plans = _plan(request, names)  # another run may have been at work until now
-        moved = _to_archive(request, names, plans)
-        _refuse(request, names, plans, moved)
-        for name in moved:
-            refuse_if_held(request.folder / name)
-        for name in moved:
-            target = planning.archive(request.folder / name)
-            say(f"{name}: what was there is now {target}") if target else None
-        planning.write_recipe(request.recipe, request.folder, origin=request.recipe_path, overrides=request.overrides)
+    with opened(request, say) as (names, plans):
+        for name in names:
+            if plans[name].status != "done":
+                launch.refuse_several_nodes(plans[name].spec)
         summary: dict[str, Any] = {"run": str(request.folder), "code": int(ExitCode.DONE), "stages": {}}
         if len(names) > 1 and any(plans[name].status != "done" for name in names):
             for name in names:
@@ -144,12 +135,36 @@ def execute(request: Request, say: Say) -> dict[str, Any]:
     return summary
 
 
+@contextmanager
+def opened(request: Request, say: Say) -> Iterator[tuple[list[str], dict[str, StagePlan]]]:
+    """Hold the run's lock while the block works: what was asked for, and how it stands; the recipe is written.
+
+    Raises:
+        ChainError, LockedError, StorageError: see `execute`.
+    """
+    names = selected(request)
+    plans = planned(request, names)
+    refuse(request, names, plans, to_archive(request, names, plans))
+    _admit(request, names, plans)
+    with lock(request.folder, say=say):
+        plans = planned(request, names)  # another run may have been at work until now
+        moved = to_archive(request, names, plans)
+        refuse(request, names, plans, moved)
+        for name in moved:
+            refuse_if_held(request.folder / name)
+        for name in moved:
+            target = planning.archive(request.folder / name)
+            say(f"{name}: what was there is now {target}") if target else None
+        planning.write_recipe(request.recipe, request.folder, origin=request.recipe_path, overrides=request.overrides)
+        yield names, plans
+
+
 def _stage(request: Request, name: str, say: Say) -> dict[str, Any]:
     """Run one stage if it needs to; a line before and after."""
     plan = planning.prepare(
         request.recipe, name, runs=request.runs, run=request.run, recipe_path=request.recipe_path, allow=request.allow
     )
-    _refuse(request, [name], {name: plan}, [])
+    refuse(request, [name], {name: plan}, [])
     title, spec, folder = describe.title(request.recipe, name), plan.spec, plan.spec.output
     if plan.status == "done":
         planning.record_forced(spec)
@@ -193,14 +208,15 @@ def selected(request: Request) -> list[str]:
     return [name for name in known if not request.stages or name in request.stages]
 
 
-def _plan(request: Request, names: Sequence[str], *, hash_files: bool = True) -> dict[str, StagePlan]:
+def planned(request: Request, names: Sequence[str], *, hash_files: bool = True) -> dict[str, StagePlan]:
+    """How the stages stand that were asked for, and those that they link to."""
     return planning.plan(
         request.recipe, runs=request.runs, run=request.run, recipe_path=request.recipe_path, hash_files=hash_files,
         allow=request.allow, names=names,
     )  # fmt: skip
 
 
-def _to_archive(request: Request, names: Sequence[str], plans: dict[str, StagePlan]) -> list[str]:
+def to_archive(request: Request, names: Sequence[str], plans: dict[str, StagePlan]) -> list[str]:
     """With --force: the stages whose folder is moved aside, those that depend on them included."""
     if not request.force:
         return []
@@ -226,7 +242,7 @@ def _admit(request: Request, names: Sequence[str], plans: dict[str, StagePlan], 
         raise ChainError("\n".join(wrong))
 
 
-def _refuse(request: Request, names: Sequence[str], plans: dict[str, StagePlan], moved: Sequence[str]) -> None:
+def refuse(request: Request, names: Sequence[str], plans: dict[str, StagePlan], moved: Sequence[str]) -> None:
     """Raise ChainError for what stands in the way of running `names`, all of it at once.
 
     Raises:

@@ -9,6 +9,10 @@
 | `launch.deepspeed: FILE`  | GPU     | `--use_deepspeed --deepspeed_config_file FILE`                        |
 | `launch.deepspeed: FILE`  | CPU     | the same with DS_ACCELERATOR=cpu; the worker asks for gloo            |
 | `launch.accelerate: FILE` | any     | `--config_file FILE`, and nothing else is decided here                |
+| several nodes             | any     | `--num_machines`, `--machine_rank` and where rank 0 listens, on each  |
+
+`alignment.training.launcher` stands for `accelerate launch` and takes its arguments; where a rank was killed, it says
+in one line which, instead of a traceback.
 
 Never `use_cpu` or `--cpu` with DeepSpeed: accelerate then falls back to plain DDP and says nothing. On the CPU the
 worker must also leave `TrainingArguments.deepspeed` unset (the file comes through the environment): with it,
@@ -22,7 +26,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alignment.errors import ChainError, ExitCode, RecipeError
 from alignment.pipeline import space
@@ -34,20 +38,47 @@ from alignment.recipe.schema import Launch
 NEUTRAL = Path(__file__).with_name("accelerate.yaml")
 
 
-def command(spec: StageSpec, stage_yaml: Path, env: Mapping[str, str] = os.environ) -> list[str]:
-    """The argument vector that runs one stage; `env` is the user's environment (see `environment` for the child's)."""
+class Node(NamedTuple):
+    """One of several nodes: its number from 0, and where node 0 listens."""
+
+    rank: str
+    address: str
+    port: str
+
+
+ANY_NODE = Node("NODE", "FIRST_HOST", "29500")  # what stands in a command line that is only shown
+
+
+def command(
+    spec: StageSpec,
+    stage_yaml: Path,
+    env: Mapping[str, str] = os.environ,
+    *,
+    node: Node = ANY_NODE,
+    logs: Path | None = None,
+) -> list[str]:
+    """The argument vector that runs one stage, on several nodes: the part of one node.
+
+    Args:
+        env: the user's environment (see `settings` for what the child gets on top).
+        logs: a folder for the output of each rank but 0; without it, all share ours.
+    """
     launch = _launch(spec)
-    start = [sys.executable, "-m", "accelerate.commands.launch"]
-    worker = ["-m", "alignment.train", str(stage_yaml)]
+    start = [sys.executable, "-m", "alignment.training.launcher"]
+    worker = ["-m", "alignment.train", str(stage_yaml), *(() if logs is None else ("--logs", str(logs)))]
+    several = ["--num_machines", str(launch.machines), "--machine_rank", node.rank, "--main_process_ip", node.address]
+    where = [*several, "--main_process_port", node.port] if launch.machines > 1 else ["--main_process_port", "0"]
     if launch.accelerate is not None:
-        return [*start, "--config_file", launch.accelerate, *worker]
+        return [*start, "--config_file", launch.accelerate, *(where if launch.machines > 1 else ()), *worker]
     # --quiet: the worker has said what went wrong; the launcher's own traceback would only hide it.
     start += ["--quiet", "--config_file", str(NEUTRAL), "--mixed_precision", "no"]
     start += ["--num_processes", str(launch.processes)]
     if launch.deepspeed is not None:
-        start += ["--use_deepspeed", "--deepspeed_config_file", launch.deepspeed, "--main_process_port", "0"]
+        start += ["--use_deepspeed", "--deepspeed_config_file", launch.deepspeed, *where]
+        # accelerate's default starts the other nodes itself, with pdsh.
+        start += ["--deepspeed_multinode_launcher", "standard"] if launch.machines > 1 else []
     elif launch.processes > 1:
-        start += ["--multi_gpu", "--main_process_port", "0"]
+        start += ["--multi_gpu", *where]
     elif not gpus({**env, **launch.env}):
         start += ["--cpu"]
     return [*start, *worker]
@@ -62,7 +93,7 @@ def settings(spec: StageSpec, env: Mapping[str, str] = os.environ) -> dict[str, 
         return content
     if "OMP_NUM_THREADS" not in user:
         # accelerate and torchrun would say 1, and leave the other cores idle.
-        content["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // launch.processes))
+        content["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // launch.processes_per_node))
     found = gpus(user)
     if not found and launch.deepspeed is not None:
         content["DS_ACCELERATOR"] = "cpu"
@@ -81,13 +112,22 @@ def shown(spec: StageSpec, stage_yaml: Path, env: Mapping[str, str] = os.environ
 
 
 def refuse_impossible(spec: StageSpec, env: Mapping[str, str] = os.environ) -> None:
-    """Raise RecipeError when this machine has GPUs, but fewer than the stage has processes."""
+    """Raise RecipeError when this machine cannot be a node of the stage: it has GPUs, but fewer than processes."""
     launch = _launch(spec)
     found = gpus({**env, **launch.env})
-    if launch.accelerate is None and found and launch.processes > len(found):
+    if launch.accelerate is None and found and launch.processes_per_node > len(found):
         raise RecipeError(
-            f"stages.{spec.stage}.launch.processes: {launch.processes}, but {len(found)} GPUs are visible here; "
-            "take fewer processes, or hide the GPUs with launch.env.CUDA_VISIBLE_DEVICES"
+            f"stages.{spec.stage}.launch.processes: {launch.processes_per_node}, but {len(found)} GPUs are visible "
+            "here; take fewer processes, or hide the GPUs with launch.env.CUDA_VISIBLE_DEVICES"
+        )
+
+
+def refuse_several_nodes(spec: StageSpec) -> None:
+    """Raise RecipeError for a stage on several nodes: from here only one of them can be started."""
+    if (nodes := _launch(spec).machines) > 1:
+        raise RecipeError(
+            f"stages.{spec.stage}.launch.nodes: {nodes}, and `alignment run` starts what runs on this machine; submit "
+            "it with --slurm, or start each node by hand (recipes/cluster.md); --set launch.nodes=1 stays here"
         )
 
 
@@ -124,7 +164,7 @@ def run_stage(
     """
     ended = run(command(spec, stage_yaml), {**os.environ, **settings(spec)}, output=output, say=say)
     code, message = outcome(spec)
-    spoke = _last_word(spec) is not None
+    spoke = last_word(spec) is not None
     if ended.stopped_by is not None and (code == ExitCode.DONE or not spoke):
         say(f"stopped by {ended.stopped_by.name}; the same command goes on")
         return int(ExitCode.PREEMPTED)
@@ -133,7 +173,7 @@ def run_stage(
     return code
 
 
-def _last_word(spec: StageSpec) -> dict[str, Any] | None:
+def last_word(spec: StageSpec) -> dict[str, Any] | None:
     """The status with which the worker of this attempt left; None if it left without one."""
     try:
         status = read_status(spec.output)

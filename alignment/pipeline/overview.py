@@ -19,12 +19,14 @@ class StageState:
 
     Attributes:
         stage: its name; `folder`: where it is.
-        state: `not started`, `running`, `killed`, `failed`, `preempted`, `done` or `damaged`.
+        state: `not started`, `running`, `killed`, `failed`, `preempted`, `done` or `damaged`; of a stage that was
+            submitted to Slurm also `queued` or `cancelled`.
         code: the exit code that says so; 0 also for `running` and `not started`.
         message: what its worker said last.
         kind: what it published.
         step, steps: how far it came, where that is known.
         seconds: how long its last attempt took, where that is known.
+        job: its latest Slurm job, where it was submitted and is not done.
     """
 
     stage: str
@@ -37,6 +39,7 @@ class StageState:
     steps: int | None = None
     seconds: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    job: str | None = None
 
 
 def runs_in(folder: Path) -> list[Path]:

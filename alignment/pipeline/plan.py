@@ -237,7 +237,7 @@ def _readable(output: Path) -> bool:
 
 def _foreign(output: Path) -> str | None:
     """A folder with files and no record is somebody else's, which is never written to: a line that says so."""
-    ours = {"lock", "output.log", "status.json"}
+    ours = {"lock", "output.log", "status.json", "slurm"}
     if not output.is_dir():
         return None
     found = sorted(entry.name for entry in output.iterdir() if entry.name not in ours and entry.name[0] != ".")

@@ -108,7 +108,11 @@ def _subreaper() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """Between fork and exec: be told when `alignment run` is killed with kill -9."""
+    """Between fork and exec: be told when `alignment run` is killed with kill -9.
+
+    Slurm sends SIGUSR1 to every process of a step, and launchers die of it; ours is passed on to the ranks as SIGTERM.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

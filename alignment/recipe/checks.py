@@ -57,6 +57,7 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
             continue
         subject = _Subject(recipe, order, name, stage, resolve(recipe, name), row, problems)
         _check_sections(subject)
+        _check_launch(subject)
         _check_model(subject)
         _check_links(subject)
         if row.config is not None:
@@ -85,6 +86,28 @@ def _check_sections(subject: _Subject) -> None:
     if stage.launch is not None:
         for file in ("deepspeed", "accelerate"):
             _check_file(getattr(stage.launch, file), ("stages", subject.name, "launch", file), subject.problems)
+
+
+def _check_launch(subject: _Subject) -> None:
+    """Processes that nodes share evenly, and numbers that are said once."""
+    own, launch = subject.stage.launch, subject.resolved.launch
+    assert launch is not None
+    place: Place = ("launch",) if own is None else ("stages", subject.name, "launch")
+    per_node, rest = divmod(launch.processes, launch.machines)
+    gpus = launch.slurm.gpus_per_node if launch.slurm is not None else None
+    if launch.nodes not in (1, launch.machines):
+        message = f"nodes is {launch.nodes} and slurm.nodes is {launch.machines}: give one of them"
+    elif launch.accelerate is None and rest:
+        near = sorted({max(1, per_node) * launch.machines, (per_node + 1) * launch.machines})
+        message = (
+            f"{launch.processes} processes (of all nodes together) cannot be shared out evenly to {launch.machines} "
+            f"nodes; the nearest legal values are {' and '.join(map(str, near))}"
+        )
+    elif launch.accelerate is None and gpus and gpus < per_node:
+        message = f"{per_node} processes on each node, but slurm.gpus_per_node is {gpus}"
+    else:
+        return
+    subject.problems.add(place, message)
 
 
 def _model_place(subject: _Subject) -> Place:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from alignment.errors import RecipeError
 from alignment.recipe.algorithms import ALGORITHMS, OWNED
+from alignment.recipe.launching import Slurm
 from alignment.recipe.problems import did_you_mean
 from alignment.recipe.schema import Launch, Recipe, Resolved, Section, Stage, linked
 from alignment.recipe.upstream import UNKNOWN, fields
@@ -18,8 +19,8 @@ def resolve(recipe: Recipe, name: str) -> Resolved:
     """One stage with everything it inherits from the recipe.
 
     `precision`, `launch` and `checkpoints` are inherited key by key; `model` as a whole, and only where the algorithm
-    takes one. `chat_template` may stay None: the model's own. A stage that trains nothing runs in one process: of
-    `launch` it inherits `env`.
+    takes one. `chat_template` may stay None: the model's own. A stage that trains nothing runs in one process on one
+    node: of `launch` it inherits `env` and `slurm`.
 
     Raises:
         RecipeError: the recipe has no stage of that name.
@@ -38,7 +39,7 @@ def resolve(recipe: Recipe, name: str) -> Resolved:
         "seed": recipe.seed if stage.seed is None else stage.seed,
         "precision": _inherit(stage.precision, recipe.precision),
         "chat_template": recipe.chat_template if stage.chat_template is None else stage.chat_template,
-        "launch": launch if row is None or row.config is not None else Launch(env=launch.env),
+        "launch": launch if row is None or row.config is not None else _alone(launch),
         "checkpoints": _inherit(stage.checkpoints, recipe.checkpoints),
         "report_to": recipe.report_to if stage.report_to is None else stage.report_to,
     }
@@ -50,12 +51,26 @@ def _inherit(own: AnySection | None, general: AnySection) -> AnySection:
     if own is None:
         return general
     inherited = general.model_dump(exclude_unset=True)
-    if isinstance(own, Launch):
+    if isinstance(own, Launch) and isinstance(general, Launch):
         if own.accelerate is not None:
             inherited.pop("deepspeed", None), inherited.pop("processes", None)
         elif own.model_fields_set & {"deepspeed", "processes"}:
             inherited.pop("accelerate", None)
+        if own.slurm is not None and general.slurm is not None:
+            merged = inherited.pop("slurm") | own.slurm.model_dump(exclude_unset=True)
+            own = own.model_copy(update={"slurm": Slurm.model_validate(merged)})
+        if own.nodes != 1 and "slurm" in inherited:
+            inherited["slurm"].pop("nodes", None)  # the stage says it in the other place
     return type(own).model_validate(inherited | own.model_dump(exclude_unset=True))
+
+
+def _alone(launch: Launch) -> Launch:
+    """One process on one node, with what else the recipe says of its launches."""
+    if launch.slurm is None:
+        return Launch(env=launch.env)
+    gpus = None if launch.slurm.gpus_per_node is None else min(1, launch.slurm.gpus_per_node)
+    slurm = launch.slurm.model_copy(update={"nodes": None, "gpus_per_node": gpus})
+    return Launch(env=launch.env, slurm=slurm)
 
 
 def full_train(stage: Stage) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from alignment.recipe.invariants import INVARIANTS, SKIPPABLE
+from alignment.recipe.launching import Launch
+from alignment.recipe.section import PositiveInt, Section
 
 
 def _check(name: str) -> str:
@@ -23,7 +25,6 @@ def _check(name: str) -> str:
 
 
 Check = Annotated[str, AfterValidator(_check)]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # no dot: `--set stages.x.y=1`
@@ -48,12 +49,6 @@ def _pattern(pattern: str) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"is not a regular expression of Python: {error}") from None
     return pattern
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, unknown keys refused, no value converted (`"0.1"` is not a number)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
 
 class TrainTokenizer(Section):
@@ -307,26 +302,6 @@ class Precision(Section):
 
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     weights: Literal["float32", "bfloat16"] = Field(default="float32", description="LoRA base, reference, scorers")
-
-
-class Launch(Section):
-    """How a stage is started. Not part of the fingerprint."""
-
-    processes: PositiveInt = 1
-    deepspeed: str | None = Field(default=None, description="a file of ds_configs/")
-    accelerate: str | None = Field(
-        default=None, description="an own `accelerate` configuration, instead of the two above"
-    )
-    env: dict[str, str] = Field(default_factory=dict)
-    timeout: Annotated[int, Field(ge=0, strict=True)] = Field(
-        default=1200, description="seconds without a step after which a run counts as hung; 0: never"
-    )
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Launch:
-        if self.accelerate is not None and self.model_fields_set & {"deepspeed", "processes"}:
-            raise ValueError("accelerate names the whole launch: give it without deepspeed and processes")
-        return self
 
 
 class Checkpoints(Section):

@@ -94,11 +94,18 @@ def stand_in(recipe: Recipe, folder: Path, *, launch: bool, say: Callable[[str],
         content["model"] = _small_model(content["model"], folder, say)
     if not launch:
         content.pop("launch", None)
-    elif "launch" in content:
-        content["launch"]["processes"] = min(2, content["launch"].get("processes", 1))
+    for section in (content, *content["stages"].values()):
+        if launch and section.get("launch"):
+            section["launch"] = _on_this_host(section["launch"])
     for name, stage in content["stages"].items():
         _shrink(name, stage, folder, recipe.chat_template, launch, say)
     return Recipe.model_validate(content)
+
+
+def _on_this_host(launch: dict[str, Any]) -> dict[str, Any]:
+    """A section `launch:` with at most two processes, on one node."""
+    kept = {key: value for key, value in launch.items() if key not in ("nodes", "slurm")}
+    return kept | ({"processes": min(2, kept["processes"])} if "processes" in kept else {})
 
 
 def _shrink(

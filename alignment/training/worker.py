@@ -38,7 +38,18 @@ from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.credentials import Masked, mask
 from alignment.recipe.load import max_length
-from alignment.training import callbacks, early, exact, handoff, invariants, nonfinite, publish, storage, watchdog
+from alignment.training import (
+    callbacks,
+    early,
+    exact,
+    failing,
+    handoff,
+    invariants,
+    nonfinite,
+    publish,
+    storage,
+    watchdog,
+)
 from alignment.training.actor_critic import switch_off_dropout
 from alignment.training.arguments import (
     accumulation,
@@ -65,7 +76,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with a recipe: override a key")
     parser.add_argument("--run", help="with a recipe: name of the run directory (default: the recipe's name)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are (default: runs)")
+    parser.add_argument("--logs", type=Path, help="a folder for the output of every rank but 0 (default: the terminal)")
     arguments = parser.parse_args(argv)
+    if arguments.logs is not None and not is_main():
+        _redirect(arguments.logs / f"rank-{os.environ['RANK']}.log")
     try:
         if arguments.stage is None:
             spec = read_stage(arguments.file)
@@ -85,6 +99,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _redirect(path: Path) -> None:
+    """Append all that this process and its libraries print to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    print(f"-- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} on {socket.gethostname()}", flush=True)
+
+
 def run_stage(spec: StageSpec) -> int:
     """Run a planned stage to its end and return the exit code; the status file says the same."""
     rank = int(os.environ.get("RANK", "0"))
@@ -92,19 +115,17 @@ def run_stage(spec: StageSpec) -> int:
     try:
         with runs.lock_stage(spec.output, spec.attempt, say=_say) if is_main() else nullcontext():
             runs_status(spec, state="running", code=0)
+            failing.clear(spec) if is_main() else None
             try:
                 with watched(spec) as dog:
                     _run(spec, dog)
                 outcome = {"state": "done", "code": ExitCode.DONE, "message": ""}
             except Preempted as left:
                 outcome = {"state": "preempted", "code": left.code, "message": str(left)}
-            except UserError as error:
-                outcome = {"state": "failed", "code": error.code, "message": str(error)}
-            except OSError as error:
-                outcome = _storage(error)
+            except Exception as error:
+                outcome = _failed(spec, error)
             except BaseException as error:
                 outcome["message"] = f"{type(error).__name__}: {error}"
-                traceback.print_exc()
                 raise
             finally:
                 with suppress(StorageError) if outcome["message"] else nullcontext():  # the first reason is the better
@@ -118,6 +139,18 @@ def run_stage(spec: StageSpec) -> int:
         where = f" (rank {rank} on {socket.gethostname()})" if world_size() > 1 else ""
         print(f"alignment: stage {spec.stage}: {mask(outcome['message'])}{where}", file=sys.stderr)
     return int(outcome["code"])
+
+
+def _failed(spec: StageSpec, error: Exception) -> dict[str, Any]:
+    """What this rank says of its failure; nothing where another rank's is the cause."""
+    if failing.consequence(spec, error):
+        return {"state": "lost", "code": failing.LOST_CONTACT, "message": ""}
+    if isinstance(error, UserError):
+        return {"state": "failed", "code": error.code, "message": str(error)}
+    if isinstance(error, OSError):
+        return _storage(error)
+    traceback.print_exc()  # our bug or upstream's
+    return {"state": "failed", "code": ExitCode.FAILED, "message": f"{type(error).__name__}: {error}"}
 
 
 def _storage(error: OSError) -> dict[str, Any]:
@@ -150,16 +183,17 @@ def watched(spec: StageSpec) -> Iterator[watchdog.Watchdog]:
 
 
 def runs_status(spec: StageSpec, **fields: Any) -> None:
-    """Write `status.json`: rank 0 always, another rank only to report its own failure.
+    """Write `status.json`: rank 0 always, another rank only to report its own failure; who lost contact, never.
 
     The first failure stands: the ranks that lose their neighbour fail too, of nothing that helps.
     """
-    if fields.get("state") == "failed":
+    state = fields["state"]
+    if state == "failed":
         with suppress(UserError):  # a damaged file is written anew
             found = runs.read_status(spec.output)
             if found is not None and found["attempt"] == spec.attempt and found["state"] in ("failed", "preempted"):
                 return
-    if is_main() or fields.get("state") == "failed":
+    if state == "failed" or (is_main() and state != "lost"):
         runs.write_status(spec.output, attempt=spec.attempt, **fields)
 
 

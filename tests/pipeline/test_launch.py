@@ -42,7 +42,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def flags(spec: StageSpec, env: dict[str, str] | None = None) -> list[str]:
     """The command without what all have in common."""
     command = launch.command(spec, Path("s.yaml"), env or {})
-    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[:3] == [sys.executable, "-m", "alignment.training.launcher"]
     assert command[-3:] == ["-m", "alignment.train", "s.yaml"]
     common = ["--quiet", "--config_file", str(launch.NEUTRAL), "--mixed_precision", "no"]
     assert command[3:8] == common
@@ -102,7 +102,7 @@ def test_what_the_user_sets_stays(spec: Callable, with_gpus: Callable) -> None:
 def test_what_is_shown_can_be_typed(spec: Callable, with_gpus: Callable) -> None:
     with_gpus(0)
     shown = launch.shown(spec("launch.env={A: 'b c'}"), Path("a b/stage.yaml"), {"OMP_NUM_THREADS": "1"})
-    assert shown.startswith(f"A='b c' PYTHONUNBUFFERED=1 {sys.executable} -m accelerate.commands.launch ")
+    assert shown.startswith(f"A='b c' PYTHONUNBUFFERED=1 {sys.executable} -m alignment.training.launcher ")
     assert shown.endswith("-m alignment.train 'a b/stage.yaml'")
 
 
