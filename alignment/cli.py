@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignment import statuscli
 from alignment.errors import DataError, ExitCode, RecipeError, UserError
 from alignment.recipe.credentials import mask
 
@@ -144,60 +145,6 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(summary["code"])
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    from alignment.pipeline import overview, submit
-    from alignment.pipeline.describe import table
-
-    run, stage = overview.find(arguments.name, arguments.runs)
-    states = submit.with_jobs([overview.stage_state(run / name) for name in overview.stage_names(run)])
-    states = [state for state in states if stage in (None, state.stage)]
-    code = next((state.code for state in states if state.code), 0)
-    if arguments.json:
-        print(json.dumps({"run": str(run), "code": code, "stages": [_plain(state) for state in states]}))
-        return code
-    for line in table([_state_row(state) for state in states]):
-        print(line)
-    return code
-
-
-def _runs(arguments: argparse.Namespace) -> int:
-    from alignment.pipeline import overview, submit
-    from alignment.pipeline.describe import table
-
-    every = [overview.stage_state(run / name) for run in overview.runs_in(arguments.runs)
-             for name in overview.stage_names(run)]  # fmt: skip
-    found: dict[Path, list[Any]] = {}
-    for state in submit.with_jobs(every):
-        found.setdefault(state.folder.parent, []).append(state)
-    if arguments.json:
-        print(json.dumps({run.name: [_plain(state) for state in states] for run, states in found.items()}))
-        return 0
-    for line in table([[run.name, *_state_row(state)] for run, states in found.items() for state in states]):
-        print(line)
-    if not found:
-        print(f"no runs in {arguments.runs}")
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from alignment.evaluation import diagnose
-    from alignment.pipeline import overview
-
-    run, stage = overview.find(arguments.name, arguments.runs)
-    names = [stage] if stage else overview.stage_names(run)
-    if arguments.diagnose:
-        found = diagnose.diagnose(run, names)
-        lines = [line for diagnosis in found for line in diagnose.text(diagnosis)]
-        said: dict[str, Any] = {"stages": [asdict(diagnosis) for diagnosis in found]}
-    else:
-        pages = diagnose.reports(run, names)
-        none = f"no report.md in {arguments.name}: `alignment status {run}` shows how its stages stand"
-        lines = [page.rstrip() for page in pages.values()] or [none]
-        said = {"reports": pages}
-    print(json.dumps({"run": str(run), "code": 0, **said}) if arguments.json else "\n".join(lines))
-    return 0
-
-
 def _chat(arguments: argparse.Namespace) -> int:
     from alignment.pipeline.overview import model_folder
 
@@ -213,18 +160,17 @@ def _chat(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from alignment.pipeline.overview import model_folder
 
+    if (arguments.name is None) == (arguments.from_checkpoint is None):
+        raise RecipeError("export: name a run, a stage or a folder, or give --from-checkpoint CHECKPOINT; one of them")
+    if arguments.from_checkpoint is not None:
+        from alignment.serving.consolidate import export_checkpoint
+
+        print(export_checkpoint(arguments.from_checkpoint, arguments.out))
+        return 0
     folder = model_folder(arguments.name, arguments.runs)
     from alignment.serving.export import export
 
     print(export(folder, arguments.out))
-    return 0
-
-
-def _env(arguments: argparse.Namespace) -> int:
-    from alignment.environment import environment, lines
-
-    found = environment(devices=arguments.devices)
-    print(json.dumps(found) if arguments.json else "\n".join(lines(found)))
     return 0
 
 
@@ -241,19 +187,6 @@ def _silent(text: str) -> None:
 
 def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
-def _plain(state: Any) -> dict[str, Any]:
-    return {**asdict(state), "folder": str(state.folder)}
-
-
-def _state_row(state: Any) -> list[str]:
-    from alignment.pipeline.describe import duration, key_metrics
-
-    progress = f"step {state.step} of {state.steps}" if state.step is not None and state.state != "done" else ""
-    time = duration(state.seconds) if state.seconds is not None else ""
-    told = progress or state.message or key_metrics(state.metrics)
-    return [state.stage, state.state, time, ", ".join(filter(None, (state.job and f"job {state.job}", told)))]
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -394,7 +327,7 @@ def _add_run(commands: Any) -> None:
 
 def _add_inspection(commands: Any) -> None:
     parser = _command(
-        commands, "status", _status, "say how a run or a stage stands",
+        commands, "status", statuscli.status, "say how a run or a stage stands",
         "Exits with the stage's own exit code (of a run: the first that is not 0), so that scripts can\n"
         "tell 85 (start it again) from 1 (failed).\n\n  alignment status quickstart/dpo",
     )  # fmt: skip
@@ -402,13 +335,13 @@ def _add_inspection(commands: Any) -> None:
     _add_runs(parser)
     _add_json(parser)
     parser = _command(
-        commands, "runs", _runs, "list the runs here: stages, status, time, key metrics",
+        commands, "runs", statuscli.runs, "list the runs here: stages, status, time, key metrics",
         "The latest first.\n\n  alignment runs --runs /scratch/runs",
     )  # fmt: skip
     _add_runs(parser)
     _add_json(parser)
     parser = _command(
-        commands, "report", _report, "print what a run has found out, or what its logs show",
+        commands, "report", statuscli.report, "print what a run has found out, or what its logs show",
         "The pages that its evaluate stages wrote. With --diagnose: faults that the log of each stage\n"
         "shows (KL that grows without reward, a critic that does not learn, a loss that rises ...), with\n"
         "numbers, the usual cause, and the key of the recipe to change. Findings do not change the exit\n"
@@ -419,7 +352,7 @@ def _add_inspection(commands: Any) -> None:
     parser.add_argument("--diagnose", action="store_true", help="read each stage's log.jsonl and say what is wrong")
     _add_json(parser)
     parser = _command(
-        commands, "env", _env, "show versions, devices, and what is missing for what",
+        commands, "env", statuscli.env, "show versions, devices, and what is missing for what",
         "Paste its output into a bug report.\n\n  alignment env --devices",
     )  # fmt: skip
     parser.add_argument("--devices", action="store_true", help="also ask torch which devices it sees (imports it)")
@@ -443,8 +376,13 @@ def _add_serving(commands: Any) -> None:
     parser.add_argument("--seed", type=int, help="seed of the draws (default: a new one each time)")
     parser = _command(
         commands, "export", _export, "write a trained model as one plain folder, adapters merged",
-        "The folder loads with `from_pretrained` anywhere.\n\n  alignment export quickstart:dpo my-model",
+        "The folder loads with `from_pretrained` anywhere. With --from-checkpoint: the model of a run\n"
+        "that was killed, also where DeepSpeed left it in shares.\n\n"
+        "  alignment export quickstart:dpo my-model\n"
+        "  alignment export --from-checkpoint runs/quickstart/dpo/checkpoint-500 my-model",
     )  # fmt: skip
-    parser.add_argument("name", metavar="RUN[:STAGE]|PATH", help=name)
+    parser.add_argument("name", metavar="RUN[:STAGE]|PATH", nargs="?", help=name)
+    parser.add_argument("--from-checkpoint", type=Path, metavar="CHECKPOINT",
+                        help="a checkpoint of yours instead; it must be sealed and whole")  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
     _add_runs(parser)

@@ -29,6 +29,7 @@ TORCH_FREE = (
     "environment.py",
     "checking.py",
     "verifying.py",
+    "statuscli.py",
     "errors.py",
     "__init__.py",
 )

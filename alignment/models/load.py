@@ -109,11 +109,13 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     quantization: Quantization | None = None,
+    compute: torch.dtype = torch.bfloat16,
     trainable: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A causal LM with its tokenizer, in eval mode; an adapter folder gives a `PeftModel` on its base.
 
     Args:
+        compute: what quantized weights are multiplied in.
         trainable: the adapter will be trained on (a full model always can be).
 
     Raises:
@@ -122,9 +124,11 @@ def load_policy(
     _require_sound(path)
     tokenizer = load_tokenizer(path, revision)
     if is_adapter(path):
-        base = _load(adapter_base(path), None, AutoModelForCausalLM, dtype, attention, quantization, fresh_head=False)
+        base = _load(
+            adapter_base(path), None, AutoModelForCausalLM, dtype, attention, quantization, compute, fresh_head=False
+        )
         return _attach(base, path, tokenizer, trainable=trainable), tokenizer
-    model = _load(path, revision, AutoModelForCausalLM, dtype, attention, quantization, fresh_head=False)
+    model = _load(path, revision, AutoModelForCausalLM, dtype, attention, quantization, compute, fresh_head=False)
     return model.eval(), tokenizer
 
 
@@ -135,11 +139,13 @@ def load_scorer(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     quantization: Quantization | None = None,
+    compute: torch.dtype = torch.bfloat16,
     fresh_head: bool = False,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """A sequence classifier with one output and its tokenizer, in eval mode.
 
     Args:
+        compute: what quantized weights are multiplied in.
         fresh_head: `path` is a causal LM that is about to become a reward model: the head starts at zero.
 
     Raises:
@@ -149,10 +155,10 @@ def load_scorer(
     tokenizer = load_tokenizer(path, revision)
     kind = AutoModelForSequenceClassification
     if is_adapter(path):
-        base = _load(adapter_base(path), None, kind, dtype, attention, quantization, fresh_head=True)
+        base = _load(adapter_base(path), None, kind, dtype, attention, quantization, compute, fresh_head=True)
         model: PreTrainedModel | PeftModel = _attach(base, path, tokenizer, trainable=False)
     else:
-        model = _load(path, revision, kind, dtype, attention, quantization, fresh_head=fresh_head)
+        model = _load(path, revision, kind, dtype, attention, quantization, compute, fresh_head=fresh_head)
     if model.config.num_labels != 1:
         raise ModelError(f"{path}: a reward model has one output, this one has {model.config.num_labels}")
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -186,6 +192,7 @@ def _load(
     dtype: torch.dtype,
     attention: str,
     quantization: Quantization | None,
+    compute: torch.dtype,
     *,
     fresh_head: bool,
 ) -> PreTrainedModel:
@@ -199,7 +206,7 @@ def _load(
         options["num_labels"] = 1 if fresh_head else None
         options = {key: value for key, value in options.items() if value is not None}
     if quantization is not None:
-        options["quantization_config"] = bitsandbytes_config(quantization, torch.bfloat16)
+        options["quantization_config"] = bitsandbytes_config(quantization, compute)
     try:
         model, info = kind.from_pretrained(str(path), output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

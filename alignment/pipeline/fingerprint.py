@@ -49,7 +49,7 @@ def fingerprint(stage: Stage, *, parents: Mapping[str, str], hash_of: HashOf) ->
     """What decides the result of a resolved stage.
 
     Args:
-        stage: the resolved stage, with absolute local paths (see `plan.locate`).
+        stage: the resolved stage, with absolute local paths (see `located.locate`).
         parents: the fingerprint hash of each stage it links to, or NOT_HASHED.
         hash_of: a file's content hash, or None where it is not known and must not be computed.
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from alignment.errors import ChainError
+from alignment.pipeline import sharding
 from alignment.pipeline.files import digest, file_hash, known_hash, storage, write_text
 from alignment.pipeline.fingerprint import (
     ABSENT,
@@ -32,15 +33,13 @@ from alignment.pipeline.fingerprint import (
     difference,
     fingerprint,
     flatten,
-    is_local,
-    is_template_file,
 )
+from alignment.pipeline.located import locate, plain
 from alignment.pipeline.locks import refuse_if_held
 from alignment.pipeline.runs import RECIPE, STAGE, new_attempt, read_manifest, verify_parent, write_manifest
 from alignment.pipeline.seals import SEALED, checkpoints
-from alignment.recipe.described import described
 from alignment.recipe.load import parents, resolve
-from alignment.recipe.schema import Recipe, Resolved, Section, Source, Stage, linked
+from alignment.recipe.schema import Recipe, Resolved, Stage
 
 SCHEMA = 1  # of stage.yaml
 
@@ -213,7 +212,20 @@ def _compare(spec: StageSpec, allow: tuple[str, ...]) -> StagePlan:
     if refused:
         return StagePlan(spec, "changed", difference=refused)
     spec = replace(spec, fingerprint=was, forced=(*forced, *allowed))
-    return StagePlan(spec, "done" if finished else "resume")
+    if finished:
+        return StagePlan(spec, "done")
+    problem = _other_engine(spec)
+    return StagePlan(spec, "changed", difference=(problem,)) if problem else StagePlan(spec, "resume")
+
+
+def _other_engine(spec: StageSpec) -> str | None:
+    """Why this launch cannot read the newest checkpoint; an own `accelerate` configuration is judged by the worker."""
+    launch, newest = spec.config.launch, sharding.newest_sealed(spec.output)
+    if newest is None or launch.accelerate is not None:
+        return None
+    now = sharding.Engine(sharding.zero_stage(launch.deepspeed), launch.processes)
+    problem = sharding.resume_problem(newest, now, spec.config.algorithm)
+    return None if problem is None else f"stages.{spec.stage}.{problem}"
 
 
 def _recorded(output: Path) -> tuple[dict[str, Any], tuple[str, ...], bool] | None:
@@ -284,68 +296,6 @@ def _covers(allowed: str, line: str) -> bool:
 # -- stage.yaml --------------------------------------------------------------------------------------------------------
 
 
-def locate(stage: Resolved) -> Resolved:
-    """The stage with every local path absolute, from the folder in which the command is typed."""
-
-    def absolute(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path)) if is_local(path) else path
-
-    def hook(function: str) -> str:
-        file, _, name = function.rpartition(":")
-        return f"{os.path.abspath(os.path.expanduser(file))}:{name}" if file.endswith(".py") else function
-
-    content = _plain(stage)
-    data = content.get("data", {})
-    for rows in (data.get("train", []), data.get("eval", []), content.get("prompts", []), content.get("pairs", [])):
-        # What is hashed and read is the data set, not the file of another tool that describes it.
-        rows[:] = [_dumped(described(Source.model_validate(source))) for source in rows]
-    for holder in (*data.get("train", ()), *data.get("eval", ()), *content.get("prompts", ()),
-                   *content.get("pairs", ()), content.get("model", {}),
-                   content.get("model", {}).get("init", {}).get("tokenizer", {})):  # fmt: skip
-        if "path" in holder:
-            holder["path"] = absolute(holder["path"])
-    for key in ("models", "scorers"):
-        if key in content:
-            content[key] = [link if linked(link) else absolute(link) for link in content[key]]
-    if "baseline" in content and not linked(content["baseline"]):
-        content["baseline"] = absolute(content["baseline"])
-    if "augment" in data:
-        data["augment"] = [hook(function) for function in data["augment"]]
-    for reward in content.get("rewards", ()):
-        if "function" in reward:
-            reward["function"] = hook(reward["function"])
-        if "model" in reward and not linked(reward["model"]):
-            reward["model"] = absolute(reward["model"])
-    if is_template_file(content.get("chat_template")):
-        content["chat_template"] = os.path.abspath(os.path.expanduser(content["chat_template"]))
-    for key in {"deepspeed", "accelerate"} & content.get("launch", {}).keys():
-        content["launch"][key] = os.path.abspath(os.path.expanduser(content["launch"][key]))
-    return Resolved.model_validate(content)
-
-
-def _dumped(section: Section) -> dict[str, Any]:
-    """A section as plain values, without nulls but for those that say something: where null is not the default."""
-    content: dict[str, Any] = section.model_dump(mode="json", by_alias=True, exclude_none=True)
-    for name, info in type(section).model_fields.items():
-        key, value = info.alias or name, getattr(section, name)
-        if value is None and info.default is not None and not info.is_required():
-            content[key] = None
-        elif isinstance(value, Section):
-            content[key] = _dumped(value)
-        elif isinstance(value, list | tuple):
-            parts = zip(value, content[key], strict=True)
-            content[key] = [_dumped(part) if isinstance(part, Section) else plain for part, plain in parts]
-    return content
-
-
-def _plain(stage: Stage) -> dict[str, Any]:
-    """A stage as plain values, defaults written out, that `Resolved.model_validate` takes back."""
-    content = _dumped(stage)
-    if "accelerate" in content.get("launch", {}):
-        content["launch"].pop("processes", None)  # a default, which the schema would take for the user's
-    return content
-
-
 def write_stage(spec: StageSpec) -> Path:
     """Write the stage's `stage.yaml`, and return its path. Raises StorageError."""
     content = {
@@ -357,7 +307,7 @@ def write_stage(spec: StageSpec) -> Path:
         "runs": str(spec.runs),
         "recipe": str(spec.recipe_path),
         "parents": {name: str(path) for name, path in spec.parents.items()},
-        "config": _plain(spec.config),
+        "config": plain(spec.config),
         "fingerprint": spec.fingerprint,
         "forced": list(spec.forced),
         "parent_weights": dict(spec.parent_weights),

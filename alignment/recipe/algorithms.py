@@ -54,6 +54,7 @@ class Algorithm:
         smallest_batch: the rows per forward pass without which it means nothing.
         batch_dependent: the loss of a row depends on the other rows of its forward pass, so `batch.per_device` is
             part of the fingerprint.
+        across_ranks: ... and on the rows of the other processes' passes too, so a resumed run needs as many of them.
         init: may start from random weights (`model: {init: ...}`).
         groups: `train.num_generations` replies are drawn to each prompt, and batches hold whole groups of them.
         needs: checks of the full `train` mapping beyond the type and range of each key: yields (key, what is wrong and
@@ -76,6 +77,7 @@ class Algorithm:
     expected_first_loss: Callable[[Train], float | None] = lambda train: None
     smallest_batch: int = 1
     batch_dependent: bool = False
+    across_ranks: bool = False
     init: bool = False
     groups: bool = False
     needs: Callable[[Train], Iterator[tuple[str, str]]] = lambda train: iter(())
@@ -273,6 +275,7 @@ kto = Algorithm(
     expected_first_loss=lambda train: 0.5 if train["desirable_weight"] == train["undesirable_weight"] == 1 else None,
     smallest_batch=2,
     batch_dependent=True,
+    across_ranks=True,  # the KL term is a mean over all processes (trl/trainer/kto_trainer.py)
     needs=_kto_needs,
 )
 

@@ -12,6 +12,7 @@ from alignment.recipe.problems import Place, Problems, did_you_mean, shown
 from alignment.recipe.resolve import full_train, parents, resolve
 from alignment.recipe.schedule import schedule_problems
 from alignment.recipe.schema import LINK, Recipe, Stage, linked
+from alignment.recipe.sharding import combination_problem, deepspeed_problems
 from alignment.recipe.trainer_keys import check_model_config, check_peft, check_train
 
 EVERYWHERE = frozenset({"algorithm", "seed", "launch"})  # sections that every algorithm takes
@@ -49,6 +50,7 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
         problems.add(("model",), "links to a stage; write the link in the stages that start from it")
     for file in ("deepspeed", "accelerate"):
         _check_file(getattr(recipe.launch, file), ("launch", file), problems)
+    _check_deepspeed(recipe.launch.deepspeed, ("launch", "deepspeed"), problems)
     for name, stage in recipe.stages.items():
         row = ALGORITHMS.get(stage.algorithm)
         if row is None:
@@ -63,6 +65,7 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
         if row.config is not None:
             _check_trainer(subject)
             _check_batch(subject)
+            _check_combination(subject)
         if "rewards" in row.sections:
             _check_rewards(subject)
         if "models" in row.sections:
@@ -72,6 +75,11 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
 def _check_file(path: str | None, place: Place, problems: Problems) -> None:
     if path is not None and not os.path.isfile(path):
         problems.add(place, f"no such file: {path}")
+
+
+def _check_deepspeed(path: str | None, place: Place, problems: Problems) -> None:
+    for line in deepspeed_problems(path) if path is not None else ():
+        problems.add(place, line)
 
 
 def _check_sections(subject: _Subject) -> None:
@@ -86,6 +94,7 @@ def _check_sections(subject: _Subject) -> None:
     if stage.launch is not None:
         for file in ("deepspeed", "accelerate"):
             _check_file(getattr(stage.launch, file), ("stages", subject.name, "launch", file), subject.problems)
+        _check_deepspeed(stage.launch.deepspeed, ("stages", subject.name, "launch", "deepspeed"), subject.problems)
 
 
 def _check_launch(subject: _Subject) -> None:
@@ -113,6 +122,17 @@ def _check_launch(subject: _Subject) -> None:
 def _model_place(subject: _Subject) -> Place:
     """Where the model of a stage is written: in the stage, or at the top."""
     return ("model",) if subject.stage.model is None else ("stages", subject.name, "model")
+
+
+def _check_combination(subject: _Subject) -> None:
+    """A DeepSpeed file, the stage's own or the recipe's, that this algorithm and this base cannot go with."""
+    launch, model = subject.resolved.launch, subject.resolved.model
+    if launch is None or launch.deepspeed is None:
+        return
+    quantized = model is not None and model.quantization is not None
+    problem = combination_problem(subject.row.name, launch.deepspeed, quantized=quantized)
+    if problem is not None:
+        subject.add("launch", "deepspeed", message=problem)
 
 
 def _check_model(subject: _Subject) -> None:

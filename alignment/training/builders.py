@@ -222,7 +222,7 @@ def _loading(ctx: Context) -> dict[str, Any]:
     frozen = ctx.peft is not None or (ctx.start is not None and is_adapter(ctx.start))
     dtype = DTYPES[ctx.spec.config.precision.weights] if frozen else torch.float32
     return {
-        "dtype": dtype, "attention": model.attention, "quantization": model.quantization,
+        "dtype": dtype, "attention": model.attention, "quantization": model.quantization, "compute": ctx.compute,
         "revision": model.revision,
     }  # fmt: skip
 

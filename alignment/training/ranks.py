@@ -1,9 +1,11 @@
-"""What the processes of a launch share: sums, gathered values, draws that do not depend on each other."""
+"""What the processes of a launch share: sums, gathered values, meetings, draws that do not depend on each other."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from alignment.errors import UserError
 
 
 def total(value: Tensor) -> Tensor:
@@ -42,6 +46,48 @@ def gather(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.
 
 def _several() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+PATIENCE = 6 * 3600.0  # hashing, writing and reading back the largest models takes hours on slow storage, never days
+
+
+def meeting(name: str, limit: float = PATIENCE) -> Callable[[], None]:
+    """A barrier for work that one rank does alone (sealing a checkpoint, publishing): all ranks call it.
+
+    A collective would time out while that rank works (NCCL after ten minutes); this one is kept in the key-value store
+    through which the launch met, where nothing runs on a device and nothing times out before `limit` seconds.
+
+    Args:
+        name: of its own in a launch; the function that is returned may be called again and again.
+
+    Raises:
+        UserError: the others did not come in time.
+    """
+    numbers = itertools.count()
+
+    def meet() -> None:
+        if not _several():
+            return
+        store, key = torch.distributed.distributed_c10d._get_default_store(), f"{name}/{next(numbers)}"
+        ranks, end = torch.distributed.get_world_size(), time.monotonic() + limit
+        store.add(key, 1)
+        _await(lambda: store.add(key, 0) >= ranks, end)
+        # Without torchrun rank 0 keeps the store: it leaves when all others have seen that everyone is there.
+        if torch.distributed.get_rank() == 0:
+            _await(lambda: store.add(f"{key}/left", 0) >= ranks - 1, end)
+        else:
+            store.add(f"{key}/left", 1)
+
+    return meet
+
+
+def _await(reached: Callable[[], bool], end: float) -> None:
+    pause = 0.005
+    while not reached():
+        if time.monotonic() > end:
+            raise UserError("the other processes did not finish their part in time; the message of one says why")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 @contextmanager

@@ -20,9 +20,12 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from alignment.errors import ExitCode, ModelError, NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from alignment.recipe.schema import Quantization
 
 LOGITS = ".logits.npy"  # of the probe, beside the folder that was read
 OF_THE_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR",
@@ -96,13 +99,22 @@ def stop() -> None:
         _readers.pop().close()
 
 
-def read(folder: Path, *, scorer: bool, attention: str) -> dict[str, Any]:
+def read(
+    folder: Path, *, scorer: bool, attention: str, remembered: Path | None = None, tolerance: float = 0.0,
+    frozen: bool = True, quantization: Quantization | None = None, compute: str = "bfloat16",
+) -> dict[str, Any]:  # fmt: skip
     """What the other process finds in a model folder.
+
+    Args:
+        remembered: what `remembered.Trained.save` wrote of the model in memory.
+        tolerance: of its numbers, relative to the largest one of a tensor.
+        frozen: whether weights that were not trained are compared: packed ones change their shape as they are used.
+        quantization, compute: how the base is quantized again, and the dtype that it is multiplied in.
 
     Returns:
         `probe_ids`, `stop_ids`, `template` (hash or None), `generation_eos`, `head` and `adapter` (norms of the score
         head and of the adapter's B matrices; None where there are none), `adapter_tensors`, `process`, and `logits`,
-        a float32 array: (1, S, V), or (1, 1) of a scorer.
+        a float32 array: (1, S, V), or (1, 1) of a scorer; `differences`, lines on what is not as `remembered`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -113,7 +125,12 @@ def read(folder: Path, *, scorer: bool, attention: str) -> dict[str, Any]:
     attention = "sdpa" if attention.startswith("flash") else attention  # there is no GPU there
     logits = folder.with_name(folder.name + LOGITS)
     try:
-        answer = start().ask({"folder": str(folder), "scorer": scorer, "attention": attention, "logits": str(logits)})
+        answer = start().ask({
+            "folder": str(folder), "scorer": scorer, "attention": attention, "logits": str(logits),
+            "remembered": remembered and str(remembered), "tolerance": tolerance, "frozen": frozen,
+            "quantization": quantization and quantization.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "compute": compute,
+        })  # fmt: skip
         if "error" in answer:
             kind = {ExitCode.NON_FINITE: NonFiniteError, ExitCode.BAD_INPUT: ModelError}.get(answer["code"], UserError)
             raise kind(answer["error"])
@@ -151,7 +168,7 @@ def serve(questions: TextIO, answers: TextIO) -> None:
 def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """What is found, or why nothing is."""
     try:
-        return look(Path(question["folder"]), question["scorer"], question["attention"], Path(question["logits"]))
+        return look(question)
     except UserError as error:
         return {"error": str(error), "code": int(error.code)}
     except Exception as error:  # a crash here must name itself in the process that asked
@@ -159,7 +176,7 @@ def _answer(question: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": f"reading back: {type(error).__name__}: {error}", "code": int(ExitCode.FAILED)}
 
 
-def look(folder: Path, scorer: bool, attention: str, logits: Path) -> dict[str, Any]:
+def look(question: Mapping[str, Any]) -> dict[str, Any]:
     """Load a model folder and describe it; see `read`."""
     import numpy as np
     import torch
@@ -167,13 +184,24 @@ def look(folder: Path, scorer: bool, attention: str, logits: Path) -> dict[str, 
     from alignment.models.load import load_policy, load_scorer
     from alignment.models.tokenizer import describe
     from alignment.pipeline.folders import read_object
+    from alignment.recipe.schema import Quantization
+    from alignment.training.remembered import Trained, differences
 
+    folder, scorer = Path(question["folder"]), question["scorer"]
     _require_finite(folder)
-    model, tokenizer = (load_scorer if scorer else load_policy)(folder, attention=attention)
+    quantization = question["quantization"] and Quantization.model_validate(question["quantization"])
+    model, tokenizer = (load_scorer if scorer else load_policy)(
+        folder, attention=question["attention"], quantization=quantization,
+        compute=getattr(torch, question["compute"]),
+    )  # fmt: skip
+    lines: list[str] = []
+    if question["remembered"]:
+        trained = Trained.load(Path(question["remembered"]))
+        lines = list(differences(model, trained, tolerance=question["tolerance"], frozen=question["frozen"]))
     ids = probe(tokenizer)
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-    np.save(logits, out.numpy(), allow_pickle=False)
+    np.save(Path(question["logits"]), out.numpy(), allow_pickle=False)
     described = describe(tokenizer)
     # From the file: an adapter has the generation settings of its base in memory.
     settings = folder / "generation_config.json"
@@ -184,6 +212,7 @@ def look(folder: Path, scorer: bool, attention: str, logits: Path) -> dict[str, 
         "template": described["template_sha256"],
         "generation_eos": [eos] if isinstance(eos, int) else eos,
         "process": os.getpid(),
+        "differences": lines,
         **norms(model),
     }
 

@@ -106,6 +106,17 @@ class SharedBase(ActorCritic):
         self.policy.save_pretrained(folder, state_dict=own, selected_adapters=[POLICY, CRITIC])
         save_head(folder, state["value_head.weight"])
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """What is trained, of the state that DeepSpeed saved of the whole module.
+
+        The base was read from its own folder; of a quantized one the state holds entries that no module takes back.
+        """
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if strict and trained - state_dict.keys():
+            raise RuntimeError(f"not the state of this module: {sorted(trained - state_dict.keys())[0]} is missing")
+        kept = {name: tensor for name, tensor in state_dict.items() if name in trained}
+        return super().load_state_dict(kept, strict=False, assign=assign)
+
     def load(self, folder: Path) -> None:
         """Read back what `save` wrote."""
         for name, where in ((POLICY, folder), (CRITIC, folder / CRITIC)):

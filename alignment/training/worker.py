@@ -16,9 +16,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,24 +26,25 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alignment.data import proof, templates
 from alignment.data.prepare import Prepared, load_rows, prepare
-from alignment.errors import ExitCode, Preempted, StorageError, UserError
+from alignment.errors import ChainError, Preempted, UserError
 from alignment.models.adapters import lora_config, merge_to_folder
 from alignment.models.load import compute_dtype, is_adapter, load_config
 from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
-from alignment.pipeline import chains, runs
+from alignment.pipeline import chains, runs, sharding
 from alignment.pipeline.plan import StageSpec, read_stage
 from alignment.recipe.algorithms import ALGORITHMS
-from alignment.recipe.credentials import Masked, mask
+from alignment.recipe.credentials import Masked
 from alignment.recipe.load import max_length
 from alignment.training import (
     callbacks,
     early,
     exact,
-    failing,
     handoff,
     invariants,
     nonfinite,
+    outcome,
     publish,
+    ranks,
     storage,
     watchdog,
 )
@@ -110,91 +108,7 @@ def _redirect(path: Path) -> None:
 
 def run_stage(spec: StageSpec) -> int:
     """Run a planned stage to its end and return the exit code; the status file says the same."""
-    rank = int(os.environ.get("RANK", "0"))
-    outcome: dict[str, Any] = {"state": "failed", "code": ExitCode.FAILED, "message": ""}
-    try:
-        with runs.lock_stage(spec.output, spec.attempt, say=_say) if is_main() else nullcontext():
-            runs_status(spec, state="running", code=0)
-            failing.clear(spec) if is_main() else None
-            try:
-                with watched(spec) as dog:
-                    _run(spec, dog)
-                outcome = {"state": "done", "code": ExitCode.DONE, "message": ""}
-            except Preempted as left:
-                outcome = {"state": "preempted", "code": left.code, "message": str(left)}
-            except Exception as error:
-                outcome = _failed(spec, error)
-            except BaseException as error:
-                outcome["message"] = f"{type(error).__name__}: {error}"
-                raise
-            finally:
-                with suppress(StorageError) if outcome["message"] else nullcontext():  # the first reason is the better
-                    runs_status(spec, rank=rank, **outcome)
-    except UserError as error:  # the lock, or a status that could not be written
-        outcome = {"state": "failed", "code": error.code, "message": str(error)}
-        if isinstance(error, StorageError):
-            with suppress(UserError):  # the disk may have failed for a moment only
-                runs_status(spec, rank=rank, **outcome)
-    if outcome["message"]:
-        where = f" (rank {rank} on {socket.gethostname()})" if world_size() > 1 else ""
-        print(f"alignment: stage {spec.stage}: {mask(outcome['message'])}{where}", file=sys.stderr)
-    return int(outcome["code"])
-
-
-def _failed(spec: StageSpec, error: Exception) -> dict[str, Any]:
-    """What this rank says of its failure; nothing where another rank's is the cause."""
-    if failing.consequence(spec, error):
-        return {"state": "lost", "code": failing.LOST_CONTACT, "message": ""}
-    if isinstance(error, UserError):
-        return {"state": "failed", "code": error.code, "message": str(error)}
-    if isinstance(error, OSError):
-        return _storage(error)
-    traceback.print_exc()  # our bug or upstream's
-    return {"state": "failed", "code": ExitCode.FAILED, "message": f"{type(error).__name__}: {error}"}
-
-
-def _storage(error: OSError) -> dict[str, Any]:
-    """A full disk or a lost mount is the user's to mend: one line."""
-    text = f"{error.filename or 'storage'}: {error.strerror or error}; make room or mend it, then run again"
-    return {"state": "failed", "code": StorageError.code, "message": text}
-
-
-@contextmanager
-def watched(spec: StageSpec) -> Iterator[watchdog.Watchdog]:
-    """A watchdog while a stage that trains runs; a hang ends this process from within its thread."""
-
-    def tell(message: str, rank: int) -> None:
-        print(f"alignment: stage {spec.stage}: {message}", file=sys.stderr, flush=True)
-        runs.write_status(
-            spec.output, attempt=spec.attempt, state="failed", code=ExitCode.HANG, message=message, rank=rank
-        )
-
-    trains = ALGORITHMS[spec.config.algorithm].config is not None
-    rank = int(os.environ.get("RANK", "0"))
-    timeout = spec.config.launch.timeout if trains else 0
-    dog = watchdog.Watchdog(
-        spec.output, attempt=spec.attempt, rank=rank, ranks=world_size(), timeout=timeout, tell=tell
-    )
-    dog.start()
-    try:
-        yield dog
-    finally:
-        dog.stop()
-
-
-def runs_status(spec: StageSpec, **fields: Any) -> None:
-    """Write `status.json`: rank 0 always, another rank only to report its own failure; who lost contact, never.
-
-    The first failure stands: the ranks that lose their neighbour fail too, of nothing that helps.
-    """
-    state = fields["state"]
-    if state == "failed":
-        with suppress(UserError):  # a damaged file is written anew
-            found = runs.read_status(spec.output)
-            if found is not None and found["attempt"] == spec.attempt and found["state"] in ("failed", "preempted"):
-                return
-    if state == "failed" or (is_main() and state != "lost"):
-        runs.write_status(spec.output, attempt=spec.attempt, **fields)
+    return outcome.of(spec, lambda dog: _run(spec, dog), say=_say)
 
 
 def _say(text: str) -> None:
@@ -221,6 +135,11 @@ def _run(spec: StageSpec, dog: watchdog.Watchdog) -> None:
     dog.follow(trainer)
     _header(ctx, trainer)
     checkpoint = _checkpoint(spec)
+    if checkpoint is not None:
+        plugin = ctx.args.deepspeed_plugin
+        now = sharding.Engine(0 if plugin is None else int(plugin.zero_stage), world_size())
+        if problem := sharding.resume_problem(checkpoint, now, spec.config.algorithm):
+            raise ChainError(problem)
     exact.refuse_inexact(trainer, checkpoint, _say)
     trainer.callback_handler.callbacks.insert(0, exact.Exact(trainer, spec.output / runs.LOG, checkpoint))
     with storage.told(spec.output, storage.checkpoint_bytes(trainer)):
@@ -238,7 +157,7 @@ def _run(spec: StageSpec, dog: watchdog.Watchdog) -> None:
         published = publish.publish(ctx, trainer, metrics)
     if published is not None:
         _finish(ctx, published, metrics, started)
-    trainer.accelerator.wait_for_everyone()
+    ranks.meeting("published")()
 
 
 def built(ctx: Context) -> tuple[Context, Trainer]:
@@ -341,7 +260,7 @@ def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
     trainer.remove_callback(ProgressCallback)
     preemption = callbacks.Preemption(trainer.args.device)
     nonfinite.follow_rows(trainer)
-    wait: Callable[[], None] = trainer.accelerator.wait_for_everyone
+    wait = ranks.meeting("sealed")
     for callback in (
         preemption,
         nonfinite.Finite(trainer, keeps=row.schema != "prompts"),
@@ -358,11 +277,13 @@ def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
 def _float32_where_trained(trainer: Trainer) -> None:
     """AdamW on bfloat16 weights loses most of its updates: at learning rate 5e-7, 99 of 100.
 
-    TRL casts a quantized model's adapter to bfloat16; ZeRO keeps its own float32 master and is left alone.
+    TRL casts a quantized model's adapter to bfloat16. DeepSpeed keeps a float32 master, but without bf16 it leaves the
+    weights as they come: those that passes see and that are saved would be rounded. What ZeRO-3 has cut already was
+    made in the right dtype.
     """
-    if trainer.is_deepspeed_enabled:
-        return
     for name, parameter in trainer.model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            continue
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
         assert not parameter.requires_grad or parameter.dtype == torch.float32, name

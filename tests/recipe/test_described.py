@@ -11,7 +11,7 @@ import yaml
 
 from alignment.errors import DataError
 from alignment.pipeline.fingerprint import fingerprint
-from alignment.pipeline.plan import locate
+from alignment.pipeline.located import locate
 from alignment.recipe.described import described
 from alignment.recipe.resolve import resolve
 from alignment.recipe.schema import Recipe, Source

@@ -18,7 +18,7 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 
 from alignment.errors import ExitCode, StorageError
 from alignment.pipeline import runs, seals
-from alignment.training import callbacks, exact, storage, worker
+from alignment.training import callbacks, exact, outcome, storage, worker
 
 Recipe = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -249,11 +249,11 @@ def test_the_first_failure_of_an_attempt_stands(tmp_path: Path, monkeypatch: pyt
     class Spec:
         output, attempt = tmp_path, "one"
 
-    worker.runs_status(Spec, state="running", code=0)  # type: ignore[arg-type]
-    worker.runs_status(Spec, state="failed", code=4, message="full")  # type: ignore[arg-type]
+    outcome.write_status(Spec, state="running", code=0)  # type: ignore[arg-type]
+    outcome.write_status(Spec, state="failed", code=4, message="full")  # type: ignore[arg-type]
     monkeypatch.setenv("RANK", "1")
-    worker.runs_status(Spec, state="failed", code=1, message="connection closed", rank=1)  # type: ignore[arg-type]
+    outcome.write_status(Spec, state="failed", code=1, message="connection closed", rank=1)  # type: ignore[arg-type]
     assert (runs.read_status(tmp_path)["code"], runs.read_status(tmp_path)["message"]) == (4, "full")
     Spec.attempt = "two"
-    worker.runs_status(Spec, state="failed", code=1, message="alone", rank=1)  # type: ignore[arg-type]
+    outcome.write_status(Spec, state="failed", code=1, message="alone", rank=1)  # type: ignore[arg-type]
     assert runs.read_status(tmp_path)["message"] == "alone"

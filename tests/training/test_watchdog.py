@@ -155,13 +155,13 @@ def test_a_hang_stays_the_cause(tmp_path: Path) -> None:
     """The rank that finds its peer's socket closed fails a moment later, and must not overwrite why."""
     from types import SimpleNamespace
 
-    from alignment.training.worker import runs_status
+    from alignment.training.outcome import write_status
 
     spec: Any = SimpleNamespace(output=tmp_path, attempt="a")
     runs.write_status(tmp_path, attempt="a", state="failed", code=ExitCode.HANG, message="rank 1", rank=1)
-    runs_status(spec, state="failed", code=ExitCode.FAILED, message="Connection closed by peer")
+    write_status(spec, state="failed", code=ExitCode.FAILED, message="Connection closed by peer")
     assert runs.read_status(tmp_path)["code"] == ExitCode.HANG
-    runs_status(spec, state="running", code=0)
+    write_status(spec, state="running", code=0)
     assert runs.read_status(tmp_path)["state"] == "running"
 
 
