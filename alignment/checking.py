@@ -7,17 +7,18 @@ right tokens. What was not checked is said, with the reason.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignment.data import sources
 from alignment.data.checks import Defect, check_row
 from alignment.data.opened import open_source, rows_of
-from alignment.errors import UserError
+from alignment.errors import ExitCode, RecipeError, UserError
 from alignment.pipeline.fingerprint import is_local, is_template_file
 from alignment.recipe.algorithms import ALGORITHMS, Schema
 from alignment.recipe.load import resolve
@@ -62,6 +63,26 @@ def check(recipe: Recipe, *, quick: bool, names: Sequence[str] | None = None) ->
     elif not found.problems:
         _check_rows(recipe, found)
     return found
+
+
+def measure(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    """`check --probe`: measure the memory; 1 where the plan says too little, or a stage does not fit."""
+    if not arguments.probe or arguments.gpus is not None or arguments.memory is not None:
+        raise RecipeError("--stage goes with --probe; --gpus and --memory do not: it measures what is here")
+    from alignment.training.quiet import before_import
+
+    before_import()
+    from alignment.training.probe_memory import probe
+
+    def say(line: str) -> None:
+        if not arguments.json:
+            print(line, flush=True)
+
+    found = probe(recipe, arguments.stage or list(recipe.stages), run=arguments.runs / recipe.name, say=say)
+    code = int(ExitCode.FAILED if any(one.problem for one in found) else ExitCode.DONE)
+    if arguments.json:
+        print(json.dumps({"code": code, "probe": {one.stage: asdict(one) for one in found}}))
+    return code
 
 
 def missing_files(recipe: Recipe, names: Sequence[str]) -> list[str]:

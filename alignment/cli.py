@@ -57,11 +57,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from alignment.checking import check
+    from alignment.checking import check, measure
     from alignment.pipeline.memory.plan import facts, lines, problem
     from alignment.recipe.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.probe or arguments.stage:
+        return measure(recipe, arguments)
     plans = _memory_plans(recipe, arguments)
     found = check(recipe, quick=arguments.quick or bool(plans))
     found.problems += [line for plan in plans if (line := problem(plan))]
@@ -268,7 +270,11 @@ def _add_check(commands: Any) -> None:
         "With --gpus or --memory, instead of the rows: what each stage will need on each GPU, at the\n"
         "longest row; the largest batch and longest row that fit; and the cheapest change that makes it\n"
         "fit where it does not. It takes the model's config.json and no GPU.\n\n"
-        "  alignment check recipes/zephyr-7b/full.yaml --gpus 8 --memory 80",
+        "  alignment check recipes/zephyr-7b/full.yaml --gpus 8 --memory 80\n\n"
+        "With --probe, two steps of each stage at the longest row on this machine, with models of zeros\n"
+        "and made-up rows, and their peak beside the plan; code 1 where it is more than 15 % above, or a\n"
+        "stage runs out of memory. It takes config.json and tokenizer, and writes nothing into a run.\n\n"
+        "  alignment check recipes/zephyr-7b/full.yaml --probe --stage dpo",
         epilog=f"algorithms:\n{rows}\n",
     )  # fmt: skip
     _add_recipe(parser)
@@ -280,6 +286,8 @@ def _add_check(commands: Any) -> None:
                         help="plan the memory on N GPUs (default: launch.processes of each stage)")  # fmt: skip
     parser.add_argument("--memory", type=_positive(float), metavar="GB",
                         help="of one GPU; a stage that does not fit fails the check")  # fmt: skip
+    parser.add_argument("--probe", action="store_true", help="measure the memory and compare it with the plan")
+    parser.add_argument("--stage", action="append", metavar="NAME", help="with --probe: only this stage (repeatable)")
     _add_runs(parser)
     _add_json(parser)
 

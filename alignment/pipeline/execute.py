@@ -25,7 +25,7 @@ from alignment.pipeline.plan import StagePlan
 from alignment.pipeline.runs import OUTPUT, STAGE, read_manifest
 from alignment.recipe.load import resolve
 from alignment.recipe.problems import did_you_mean
-from alignment.recipe.schema import Recipe
+from alignment.recipe.schema import Launch, Recipe
 
 Say = Callable[[str], None]
 
@@ -93,14 +93,13 @@ def dry_run(request: Request, say: Say) -> dict[str, Any]:
 
 def _memory(request: Request, name: str) -> dict[str, Any]:
     """What a stage needs on this machine's devices, as it would be launched."""
-    machine = _machine(request, name)
+    machine = this_machine(resolve(request.recipe, name).launch)
     plan = memory_plan.assess(request.recipe, name, machine, run=request.folder)
     return {"text": memory_plan.brief(plan, cuda=machine.cuda), **memory_plan.facts(plan)}
 
 
-def _machine(request: Request, name: str) -> Machine:
-    """This machine, as a stage would be launched on it."""
-    config = resolve(request.recipe, name).launch
+def this_machine(config: Launch) -> Machine:
+    """The devices of this machine on which a stage would be launched."""
     cuda = bool(launch.gpus({**os.environ, **config.env}))
     return Machine(config.processes, cuda=cuda, fast_bfloat16=cuda or launch.cpu_has_amx())
 
@@ -178,7 +177,7 @@ def _stage(request: Request, name: str, say: Say) -> dict[str, Any]:
     refuse_if_held(folder)
     spec = chains.admit(spec, force=request.force)
     plan = replace(plan, spec=spec)
-    space.refuse_if_full(request.recipe, name, request.folder, _machine(request, name))
+    space.refuse_if_full(request.recipe, name, request.folder, this_machine(resolve(request.recipe, name).launch))
     say(f"{title}: {describe.status(plan)}")
     for line in describe.details(request.recipe, plan):
         say(line)

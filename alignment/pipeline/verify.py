@@ -29,7 +29,7 @@ CONTRACT: Mapping[str, type | tuple[type, ...]] = {
 OF_A_MODEL = ("architecture", "parameters", "start", "base", "adapters")
 OF_A_TOKENIZER = ("sha256", "vocabulary_sha256", "template_sha256", "eos_ids", "pad_id", "probe_ids")
 LOADED = (".safetensors", ".bin", ".pt", ".pth", ".py", ".json", ".jinja", ".model")  # endings that loaders look for
-RECORDS = frozenset({"manifest.json", "metrics.json", "status.json", "prepared.json"})
+RECORDS = frozenset({"manifest.json", "metrics.json", "status.json", "prepared.json", "checks.json", "nonfinite.json"})
 
 
 @dataclass

@@ -24,7 +24,7 @@ from alignment.pipeline import launch as launching
 from alignment.pipeline import plan as planning
 from alignment.pipeline import runs as files
 from alignment.recipe.algorithms import ALGORITHMS, Algorithm, Schema
-from alignment.recipe.schema import Recipe, linked
+from alignment.recipe.schema import DataLimits, Recipe, ReportLimits, linked
 from alignment.recipe.upstream import fields
 
 STEPS = 2
@@ -42,6 +42,8 @@ SCHEDULE = ("num_train_epochs", "total_episodes", "num_mini_batches", "warmup_st
 # The keys of `train:` that bound lengths, and how many replies a prompt gets: those that the algorithm has are set.
 LENGTHS = {"max_length": LENGTH, "prompt_length": LENGTH, "response_length": REPLY, "max_completion_length": REPLY,
            "num_generations": 2}  # fmt: skip
+# A dozen made-up rows that say much the same pass every limit.
+NO_LIMITS = {name: None for name in ReportLimits.model_fields if name not in DataLimits.model_fields}
 
 
 def length_reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
@@ -123,7 +125,9 @@ def _shrink(
     if row.schema is not None:
         source = [{"path": str(_rows(folder, row.schema))}]
         data = stage["data"]
-        stage["data"] = {key: data[key] for key in ("eval_fraction",) if key in data} | {"train": source}
+        stage["data"] = {key: data[key] for key in ("eval_fraction",) if key in data} | {
+            "train": source, "limits": NO_LIMITS,
+        }  # fmt: skip
         if data.get("eval"):
             stage["data"]["eval"] = source
         stage["batch"] = {"global": 4, "per_device": 2}

@@ -124,8 +124,9 @@ def precision(subject: Subject) -> Iterator[str]:
         reference = getattr(trainer, "ref_model", None)
         for where, model in (("frozen", trainer.model), ("the reference's", reference)):
             sizes: dict[torch.dtype, int] = {}
-            for p in () if model is None else model.parameters():
-                if (model is reference or not p.requires_grad) and p.is_floating_point():
+            for name, p in () if model is None else model.named_parameters():
+                base = ".lora_" not in name  # adapters are small, and float32 whether they are trained or a reference
+                if base and (model is reference or not p.requires_grad) and p.is_floating_point():
                     sizes[p.dtype] = sizes.get(p.dtype, 0) + getattr(p, "ds_numel", p.numel())
             most = max(sizes, key=lambda dtype: sizes[dtype], default=DTYPES[plan.weights])
             if most != DTYPES[plan.weights] and not trainer.is_deepspeed_enabled:

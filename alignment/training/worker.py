@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ from alignment.training.context import Context
 from alignment.training.quiet import quiet
 
 PR_SET_PDEATHSIG = 1
+Table = Callable[[Context, PreTrainedTokenizerBase], Prepared]
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +77,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--run", help="with a recipe: name of the run directory (default: the recipe's name)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run directories are (default: runs)")
     parser.add_argument("--logs", type=Path, help="a folder for the output of every rank but 0 (default: the terminal)")
+    parser.add_argument("--measure-memory", action="store_true", help="what `alignment check --probe` starts")
     arguments = parser.parse_args(argv)
     if arguments.logs is not None and not is_main():
         _redirect(arguments.logs / f"rank-{os.environ['RANK']}.log")
@@ -88,6 +91,10 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"alignment: {error}", file=sys.stderr)
         return int(error.code)
+    if arguments.measure_memory:
+        from alignment.training.probe_memory import measure
+
+        return run_stage(spec, measure)
     return run_stage(spec)
 
 
@@ -106,9 +113,13 @@ def _redirect(path: Path) -> None:
     print(f"-- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} on {socket.gethostname()}", flush=True)
 
 
-def run_stage(spec: StageSpec) -> int:
-    """Run a planned stage to its end and return the exit code; the status file says the same."""
-    return outcome.of(spec, lambda dog: _run(spec, dog), say=_say)
+def run_stage(spec: StageSpec, work: Callable[[StageSpec], None] | None = None) -> int:
+    """Run a planned stage to its end and return the exit code; the status file says the same.
+
+    Args:
+        work: what is done with it; default: it is trained and published.
+    """
+    return outcome.of(spec, lambda dog: _run(spec, dog) if work is None else work(spec), say=_say)
 
 
 def _say(text: str) -> None:
@@ -160,9 +171,9 @@ def _run(spec: StageSpec, dog: watchdog.Watchdog) -> None:
     ranks.meeting("published")()
 
 
-def built(ctx: Context) -> tuple[Context, Trainer]:
-    """The rows, arguments, model and trainer of a stage."""
-    ctx = _prepare(ctx)
+def built(ctx: Context, table: Table | None = None) -> tuple[Context, Trainer]:
+    """The rows (by `table`; default: the stage's own), arguments, model and trainer of a stage."""
+    ctx = _prepare(ctx, table)
     args = build_arguments(ctx.spec, compute=ctx.compute, has_eval=ctx.rows.eval is not None)
     ctx = replace(ctx, args=args)
     trainer: Trainer = resolve_import(ctx.row.build)(ctx)
@@ -175,21 +186,20 @@ def built(ctx: Context) -> tuple[Context, Trainer]:
 # --- before any process group exists ------------------------------------------------------------------------------
 
 
-def _prepare(ctx: Context) -> Context:
+def _prepare(ctx: Context, table: Table | None = None) -> Context:
     """Tokenizer, rows and start weights: made by rank 0 while the others wait at a file, not in a collective."""
-    spec = ctx.spec
+    spec, table = ctx.spec, table or _table
     folder = spec.output / "prepared"
     if is_main():
         start, added = _prepare_start(ctx, folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
-        _prove(ctx, tokenizer)
-        data = _rows(ctx, tokenizer)
+        data = table(ctx, tokenizer)
         handoff.ready(spec, {"start": start, "added_tokens": added})
     else:
         record = handoff.wait(spec)
         start, added = record["start"], record["added_tokens"]
         tokenizer = load_tokenizer(folder / "tokenizer")
-        data = _rows(ctx, tokenizer)  # from the cache
+        data = table(ctx, tokenizer)  # from the cache
     peft = None
     if spec.config.peft is not None:
         scorer = ctx.row.publishes == "sequence-classification"
@@ -225,6 +235,13 @@ def _prepare_start(ctx: Context, folder: Path) -> tuple[str | None, list[str]]:
         merge_to_folder(Path(start), base)
         start = str(base)
     return start, added
+
+
+def _table(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The token tables of the stage's rows, which rank 0 proves first."""
+    if is_main():
+        _prove(ctx, tokenizer)
+    return _rows(ctx, tokenizer)
 
 
 def _prove(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -362,6 +362,8 @@ def test_the_roles_of_each_algorithm(write: Callable[..., Recipe]) -> None:
             "ppo_lora": {"algorithm": "ppo", "peft": lora, "rewards": [{"name": "rm", "model": "stage:reward_lora"}]},
             "ppo_other": {"algorithm": "ppo", "model": "stage:sft", "peft": lora,
                           "rewards": [{"name": "rm", "model": "stage:reward_lora"}]},
+            "ppo_merged": {"algorithm": "ppo", "model": "stage:adapter", "peft": lora,
+                           "rewards": [{"name": "rm", "model": "stage:reward_lora"}]},
             "grpo": {"algorithm": "grpo", "model": "stage:sft", "rewards": rewards, "train": {"beta": 0.0}, **on},
             "evaluate": {"algorithm": "evaluate", "models": ["stage:sft", "stage:dpo"], "baseline": "stage:sft",
                          "prompts": [{"path": str(ROOT / "data/quickstart/eval.jsonl")}]},
@@ -378,6 +380,8 @@ def test_the_roles_of_each_algorithm(write: Callable[..., Recipe]) -> None:
     # An adapter on the policy's own base costs nothing that counts; on another base it brings a model.
     assert names(recipe, "ppo_lora") == {"base": False, "adapter": True, "critic": True}
     assert names(recipe, "ppo_other") == {"base": False, "adapter": True, "critic": True, "reward rm": False}
+    # An adapter that is not trained on is merged into the base, which is another one then.
+    assert names(recipe, "ppo_merged") == {"base": False, "adapter": True, "critic": True, "reward rm": False}
     assert names(recipe, "grpo") == {"policy": True, "reward rm": False}
     assert names(recipe, "evaluate") == {"model": False, "baseline": False}
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,21 @@ class NotKnownError(ModelError):
 
 @dataclass(frozen=True)
 class Found:
-    """A model as it is published: its size, the adapter that it is, if it is one, and what the base is called."""
+    """A model as it is published.
+
+    Attributes:
+        size: of the whole model, or of an adapter's base.
+        adapter: the keys of `peft:`, if it is an adapter.
+        base: what the weights, or those that the adapter stands on, are called.
+        config: the content of its config.json.
+        tokenizer: the folder or hub name that it comes from; a number of ids for one that a stage trains.
+    """
 
     size: ModelSize
-    adapter: Mapping[str, Any] | None = None  # the keys of `peft:`
+    adapter: Mapping[str, Any] | None = None
     base: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str | int = ""
 
 
 @dataclass(frozen=True)
@@ -125,10 +135,8 @@ def sharding(file: str | None) -> Sharding:
 def _training(stage: Resolved, machine: Machine, finder: _Finder) -> Source:
     row, train = ALGORITHMS[stage.algorithm], full_train(stage)
     start = finder.start(stage)
-    adapter: Mapping[str, Any] | None = stage.peft
-    continued = False
-    if adapter is None and start.adapter is not None and row.publishes == "causal-lm":
-        adapter, continued = start.adapter, True
+    adapter = stage.peft if stage.peft is not None else start.adapter
+    continued = stage.peft is None and adapter is not None
     lora = None if adapter is None else sizes.lora(start.size, adapter)
     compute = compute_bytes(stage, machine)
     zero = sharding(stage.launch.deepspeed)
@@ -245,9 +253,13 @@ class _Finder:
         self.recipe, self.run = recipe, run
 
     def start(self, stage: Resolved) -> Found:
-        """The model that a stage starts from."""
+        """The model that a stage starts from; an adapter that is not trained on is merged, into a base of its own."""
         assert stage.model is not None
-        return self._model(stage.model)
+        found = self._model(stage.model)
+        scorer = ALGORITHMS[stage.algorithm].publishes == "sequence-classification"
+        if found.adapter is not None and (stage.peft is not None or scorer):
+            return replace(found, adapter=None, base=f"{found.base} merged for {stage.algorithm}")
+        return found
 
     def link(self, text: str) -> Found:
         """`stage:<name>`, a folder or a hub name."""
@@ -256,7 +268,7 @@ class _Finder:
 
     def _model(self, model: Model) -> Found:
         if model.init is not None:
-            return Found(_initialised(model), base="random weights")
+            return _initialised(model)
         if model.stage is not None:
             return self._published(model.stage)
         assert model.path is not None
@@ -277,13 +289,29 @@ class _Finder:
         if stage.peft is not None:
             # On an adapter, a new one stands on the merged base of this stage alone.
             base = start.base if start.adapter is None else f"{start.base} merged for {name}"
-            return Found(start.size, stage.peft, base)
+            return replace(start, adapter=stage.peft, base=base)
         if start.adapter is not None and not scorer:
             return start
-        return Found(start.size, None, f"stage {name}")
+        return replace(start, adapter=None, base=f"stage {name}")
 
 
-def _initialised(model: Model) -> ModelSize:
+def models(recipe: Recipe, name: str, *, run: Path | None = None) -> tuple[Found, list[Found | None]]:
+    """The model that a stage starts from, and the reward model of each of its rewards that has one.
+
+    Raises:
+        NotKnownError: as `source`.
+    """
+    stage, finder = resolve(recipe, name), _Finder(recipe, run)
+    try:
+        rewards = [None if reward.model is None else finder.link(reward.model) for reward in stage.rewards]
+        return finder.start(stage), rewards
+    except NotKnownError:
+        raise
+    except ModelError as error:
+        raise NotKnownError(str(error)) from error
+
+
+def _initialised(model: Model) -> Found:
     """Random weights: the configuration is in the recipe, the vocabulary is the tokenizer's."""
     assert model.init is not None
     tokenizer = model.init.tokenizer
@@ -297,7 +325,9 @@ def _initialised(model: Model) -> ModelSize:
         taken += [token["id"] for token in content.get("added_tokens", [])]
         ids = max(taken) + 1
     rows = -(-ids // ROWS_MULTIPLE) * ROWS_MULTIPLE
-    return sizes.read(None, model.init.config, vocab=rows)
+    size = sizes.read(None, model.init.config, vocab=rows)
+    config = {**model.init.config, "vocab_size": rows}
+    return Found(size, base="random weights", config=config, tokenizer=tokenizer.path or ids)
 
 
 def folder_of(path: str, revision: str | None, *, file: str = "config.json") -> Path:
@@ -336,14 +366,12 @@ def in_folder(folder: Path, *, called: str) -> Found:
         base = str(peft.get("base_model_name_or_path") or "")
         if not base:
             raise NotKnownError(f"{called}/{ADAPTER}: base_model_name_or_path is missing")
-        return Found(in_folder(folder_of(base, None), called=base).size, peft, base)
-    return Found(_size(folder, called), base=called)
-
-
-def _size(folder: Path, called: str) -> ModelSize:
+        found = in_folder(folder_of(base, None), called=base)
+        own = str(folder) if (folder / "tokenizer.json").is_file() else found.tokenizer
+        return replace(found, adapter=peft, base=base, tokenizer=own)
     config = _json(folder / "config.json")
     try:
-        return sizes.read(None, config)
+        return Found(sizes.read(None, config), None, called, config, str(folder))
     except ModelError as error:
         raise NotKnownError(f"{called}: {error}") from error
 
