@@ -100,6 +100,8 @@ def accumulation(subject: Subject) -> Iterator[str]:
     subject.auxiliary()
     if subject.ctx.row.batch_dependent:
         raise Skip("the loss of a row depends on the other rows of its forward pass")
+    if "sft" in (getattr(subject.trainer.args, "loss_type", None) or ()):
+        raise Skip("the sft term is a mean over the tokens of a forward pass: another batch.per_device is another loss")
     one_by_one = _accumulated(subject, [[row] for row in subject.rows])
     at_once = _accumulated(subject, [subject.rows])
     yield from (
