@@ -19,7 +19,7 @@ from alignment.errors import ChainError, DataError
 from alignment.pipeline.files import canonical, digest
 from alignment.pipeline.runs import read_manifest
 from alignment.recipe.algorithms import ALGORITHMS, OWNED
-from alignment.recipe.load import full_train
+from alignment.recipe.load import batch_dependent, full_train
 from alignment.recipe.schema import Data, Model, Reward, Source, Stage, linked
 
 NOT_HASHED = "not hashed yet"  # stands for a content hash in a dry run; equal to any
@@ -63,7 +63,7 @@ def fingerprint(stage: Stage, *, parents: Mapping[str, str], hash_of: HashOf) ->
     content["chat_template"] = _template(stage.chat_template, hash_of)
     content["data"] = _data(stage.data, hash_of) if stage.data else None
     content["batch"] = {"global": stage.batch.global_}
-    if row.batch_dependent:
+    if batch_dependent(stage):
         content["batch"]["per_device"] = stage.batch.per_device
     if row.config is not None:
         content["train"] = _train(stage)

@@ -24,12 +24,12 @@ from alignment.recipe.checks import check_stages
 from alignment.recipe.credentials import in_recipe
 from alignment.recipe.overrides import apply_overrides
 from alignment.recipe.problems import Place, Problems, nearest
-from alignment.recipe.resolve import full_train, max_length, parents, resolve
+from alignment.recipe.resolve import batch_dependent, full_train, max_length, parents, resolve
 from alignment.recipe.schema import Recipe
 from alignment.recipe.wording import complaint
 from alignment.recipe.yamlnodes import read_document
 
-__all__ = ["full_train", "load_recipe", "max_length", "parents", "resolve"]
+__all__ = ["batch_dependent", "full_train", "load_recipe", "max_length", "parents", "resolve"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

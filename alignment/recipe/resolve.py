@@ -88,6 +88,12 @@ def full_train(stage: Stage) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known and name not in OWNED}
 
 
+def batch_dependent(stage: Stage) -> bool:
+    """Whether another `batch.per_device` is another loss: the algorithm's row says so, or DPO has an sft term, which
+    TRL averages over the tokens of each forward pass."""
+    return ALGORITHMS[stage.algorithm].batch_dependent or "sft" in (full_train(stage).get("loss_type") or ())
+
+
 def max_length(stage: Stage) -> int | None:
     """The longest row in tokens: `train.max_length` (of prompts `prompt_length`), or its default."""
     train = full_train(stage)

@@ -22,6 +22,7 @@ from alignment.errors import UserError
 from alignment.models.load import compute_dtype, load_policy
 from alignment.pipeline import plan as planning
 from alignment.recipe.algorithms import ALGORITHMS
+from alignment.recipe.load import batch_dependent
 from alignment.recipe.schema import Launch, Recipe
 from alignment.training import invariants, probe
 from alignment.training.context import Context
@@ -148,7 +149,7 @@ def weights(trainer: Trainer) -> dict[str, str]:
 def accumulated_gradients(subject: Subject) -> Iterator[str]:
     """The gradient of a batch, whole and row by row, through the trainer's own training step."""
     subject.auxiliary()
-    if subject.ctx.row.batch_dependent:
+    if batch_dependent(subject.ctx.spec.config):
         raise Skip("the loss of a row depends on the other rows of its forward pass")
     if subject.trainer.args.neftune_noise_alpha or declared(subject):
         raise Skip("passes differ: dropout or noise is declared")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from alignment.recipe.algorithms import POLICY_AND_REFERENCE
-from alignment.recipe.load import full_train
+from alignment.recipe.load import batch_dependent, full_train
 from alignment.training import probe
 from alignment.training.subject import Skip, Subject, dtype_name, names
 from alignment.training.trainers import Checked
@@ -98,10 +98,8 @@ def row_alone(subject: Subject) -> Iterator[str]:
 def accumulation(subject: Subject) -> Iterator[str]:
     """1 row x n passes gives what n rows x 1 pass give."""
     subject.auxiliary()
-    if subject.ctx.row.batch_dependent:
+    if batch_dependent(subject.ctx.spec.config):
         raise Skip("the loss of a row depends on the other rows of its forward pass")
-    if "sft" in (getattr(subject.trainer.args, "loss_type", None) or ()):
-        raise Skip("the sft term is a mean over the tokens of a forward pass: another batch.per_device is another loss")
     one_by_one = _accumulated(subject, [[row] for row in subject.rows])
     at_once = _accumulated(subject, [subject.rows])
     yield from (

@@ -65,6 +65,12 @@ def test_what_only_moves_work_about_is_not(identity: Callable, name: str, overri
     assert fp.difference(identity(name), identity(name, override)) == []
 
 
+def test_an_sft_term_in_dpo_is_a_mean_over_each_pass_so_its_rows_count(identity: Callable) -> None:
+    terms = ["stages.dpo.train.loss_type=[sigmoid, sft]", "stages.dpo.train.loss_weights=[1.0, 0.3]"]
+    assert "per_device" not in identity("dpo")["batch"]
+    assert identity("dpo", *terms)["batch"]["per_device"] >= 1
+
+
 def test_a_key_at_its_default_may_be_written_or_not(identity: Callable) -> None:
     assert identity("sft") == identity("sft", "stages.sft.train.lr_scheduler_type=linear")
 

@@ -113,6 +113,13 @@ def test_nothing_is_wrong_with_a_clean_stage(
     assert json.dumps(built.trainer._metrics["train"]) == metrics
 
 
+def test_dpo_with_an_sft_term_depends_on_the_batch_and_says_so(subject: Callable[..., Subject]) -> None:
+    built = subject("dpo", train={"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]})
+    outcome = checked(built, *START)
+    assert outcome.broken == {}
+    assert outcome.skipped["accumulation"] == "the loss of a row depends on the other rows of its forward pass"
+
+
 def test_padding_on_the_left_gives_the_first_token_of_a_row_nothing_to_be_predicted_from(
     subject: Callable[..., Subject],
 ) -> None:

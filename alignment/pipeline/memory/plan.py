@@ -18,7 +18,7 @@ from alignment.pipeline.memory.peak import Estimate, estimate
 from alignment.pipeline.memory.situation import BFLOAT16, GIB, Critic, Frozen, Sharding, Situation, Standing
 from alignment.pipeline.memory.source import Machine, NotKnownError, Source, adapter_of, source
 from alignment.recipe.algorithms import ALGORITHMS
-from alignment.recipe.load import resolve
+from alignment.recipe.load import batch_dependent, resolve
 from alignment.recipe.schema import Recipe
 
 MIB = 2**20
@@ -95,7 +95,7 @@ def assess(
     plan = replace(plan, memory=memory, rows=rows, length=longest)
     if plan.fits:
         return plan
-    return replace(plan, changes=tuple(_remedy(s, legal, memory, dependent=row.batch_dependent)))
+    return replace(plan, changes=tuple(_remedy(s, legal, memory, dependent=batch_dependent(stage))))
 
 
 def with_rows(s: Situation, rows: int) -> Situation:
