@@ -107,14 +107,13 @@ def read(
 
     Args:
         remembered: what `remembered.Trained.save` wrote of the model in memory.
-        tolerance: of its numbers, relative to the largest one of a tensor.
+        tolerance: of its norms, and of its numbers relative to the largest one of a tensor.
         frozen: whether weights that were not trained are compared: packed ones change their shape as they are used.
         quantization, compute: how the base is quantized again, and the dtype that it is multiplied in.
 
     Returns:
-        `probe_ids`, `stop_ids`, `template` (hash or None), `generation_eos`, `head` and `adapter` (norms of the score
-        head and of the adapter's B matrices; None where there are none), `adapter_tensors`, `process`, and `logits`,
-        a float32 array: (1, S, V), or (1, 1) of a scorer; `differences`, lines on what is not as `remembered`.
+        `probe_ids`, `stop_ids`, `template` (hash or None), `generation_eos`, `process`, and `logits`, a float32 array:
+        (1, S, V), or (1, 1) of a scorer; `differences`, lines on what is not as `remembered`.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -213,7 +212,6 @@ def look(question: Mapping[str, Any]) -> dict[str, Any]:
         "generation_eos": [eos] if isinstance(eos, int) else eos,
         "process": os.getpid(),
         "differences": lines,
-        **norms(model),
     }
 
 
@@ -224,19 +222,6 @@ def probe(tokenizer: Any) -> Any:
     from alignment.models.tokenizer import probe_ids
 
     return torch.tensor([probe_ids(tokenizer)])
-
-
-def norms(model: Any) -> dict[str, Any]:
-    """The size of what must not be empty: the score head, and the active adapter's B matrices."""
-    head: float | None = None
-    squares, tensors = 0.0, 0
-    for name, parameter in model.named_parameters():
-        if name.endswith(("score.weight", "score.modules_to_save.default.weight")):
-            head = float(parameter.detach().float().norm())
-        if ".lora_B.default." in name or ".lora_embedding_B.default" in name:
-            tensors += 1
-            squares += float(parameter.detach().float().pow(2).sum())
-    return {"head": head, "adapter": squares**0.5 if tensors else None, "adapter_tensors": tensors}
 
 
 def _require_finite(folder: Path) -> None:

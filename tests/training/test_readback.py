@@ -32,7 +32,7 @@ def test_another_process_finds_what_the_folder_holds(tiny_policy: Path) -> None:
     assert found["probe_ids"] == ids[0].tolist()
     assert found["stop_ids"] == describe(tokenizer)["eos_ids"]
     assert found["process"] not in (os.getpid(), readback.start().process.pid)  # a fork of the one that imported
-    assert (found["head"], found["adapter"], found["adapter_tensors"]) == (None, None, 0)
+    assert found["differences"] == []
     assert readback.read(tiny_policy, scorer=False, attention="sdpa")["process"] != found["process"]
     assert not tiny_policy.with_name(tiny_policy.name + readback.LOGITS).exists()
 
@@ -85,12 +85,22 @@ def other_stop(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[str, Damage, int, str]] = {
-    "half a layer": ("sft", tensors(up_proj=lambda w: w * 0.5), 2, "is not the trained one: its output on a probe"),
+    "half a layer": ("sft", tensors(up_proj=lambda w: w * 0.5), 2, "up_proj.weight has the norm "),
     "a row that is not finite": ("sft", tensors(embed_tokens=last_row_nan), 6, "embed_tokens.weight is not finite"),
     "another template": ("sft", comment, 2, "the saved chat template is not the trained one"),
     "another stop token": ("sft", other_stop, 2, "the saved model stops at [5], trained were"),
-    "an empty adapter": ("adapter", tensors(lora_B=torch.zeros_like), 2, "the saved adapter is empty, in memory it"),
-    "an empty score head": ("reward", tensors(score=torch.zeros_like), 2, "the saved score head is empty, in memory"),
+    "an empty adapter": (
+        "adapter",
+        tensors(lora_B=torch.zeros_like),
+        2,
+        "lora_B.default.weight has the norm 0, in memory ",
+    ),
+    "an empty score head": (
+        "reward",
+        tensors(score=torch.zeros_like),
+        2,
+        "score.weight has the norm 0, in memory it has ",
+    ),
 }
 
 

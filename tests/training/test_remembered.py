@@ -48,9 +48,27 @@ def test_other_numbers_are_named_and_rounding_is_not() -> None:
     trained, read = remember(model(), keep=True), model()
     read["score"].weight.data = read["score"].weight.data.bfloat16().float()
     assert list(differences(read, trained, tolerance=0.05)) == []
-    read["score"].weight.data *= 2
+    read["score"].weight.data *= -1
     (line,) = differences(read, trained, tolerance=0.05)
-    assert line == "score.weight differs by 1 of its largest number (allowed 0.05)"
+    assert line == "score.weight differs by 2 of its largest number (allowed 0.05)"
+
+
+def test_every_trained_tensor_is_compared_by_its_norm() -> None:
+    """Also those between the sampled ones: an adapter has hundreds, and any of them can be lost."""
+    layers = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(20))
+    for layer in layers:
+        nn.init.constant_(layer.weight, 2.0)
+    trained = remember(layers, keep=True)
+    assert "1.weight" not in trained.sample
+    layers[1].weight.data.zero_()
+    assert list(differences(layers, trained, tolerance=0.05)) == ["1.weight has the norm 0, in memory it has 2"]
+
+
+def test_a_tensor_of_zeros_must_stay_zero() -> None:
+    trained, read = remember(nn.Linear(2, 2), keep=True), nn.Linear(2, 2)
+    trained.norms["bias"] = 0.0
+    nn.init.ones_(read.bias)
+    assert "bias has the norm 1.414, in memory it has 0" in differences(read, trained, tolerance=0.05)
 
 
 def test_frozen_weights_in_another_form_are_left_out() -> None:
@@ -61,7 +79,8 @@ def test_frozen_weights_in_another_form_are_left_out() -> None:
 
 
 def test_a_rank_that_does_not_compare_keeps_nothing() -> None:
-    assert all(tensor.numel() == 0 for tensor in remember(model(), keep=False).sample.values())
+    nothing = remember(model(), keep=False)
+    assert (nothing.norms, nothing.sample) == ({}, {})
 
 
 def test_adapters_that_are_not_published_are_left_out(tiny_policy: Path) -> None:
