@@ -6,6 +6,7 @@ The sizes of the models are their published configurations, laid into a stand-in
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ MODELS = {
     },
 }  # fmt: skip
 GB = 2**30
+RECIPES = sorted(ROOT.glob("recipes/*/*.yaml"))
+PINNED = dict(re.findall(r"([\w.-]+/[\w.-]+)(?:@|\n *revision: )([0-9a-f]{40})", "".join(map(Path.read_text, RECIPES))))
 # GB of the GPUs that a recipe names; how many, it says itself in `launch.processes`.
 HARDWARE = {
     "hh-rlhf/helpful": 24, "llama-3.1-8b/tulu3": 80, "qwen3-8b/full": 80, "qwen3-8b/lora": 80, "smollm2-1.7b/full": 80,
@@ -54,11 +57,9 @@ HARDWARE = {
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the hub that holds the configurations and nothing else."""
     for name, config in MODELS.items():
-        folder = tmp_path / f"models--{name.replace('/', '--')}"
-        (folder / "snapshots" / "1").mkdir(parents=True)
-        (folder / "snapshots" / "1" / "config.json").write_text(json.dumps(config))
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("1")
+        folder = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / PINNED[name]
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
 
 

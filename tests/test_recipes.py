@@ -16,9 +16,10 @@ import pytest
 import yaml
 
 from alignment.errors import ExitCode
+from alignment.pipeline.fingerprint import is_local
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.load import load_recipe, resolve
-from alignment.recipe.schema import Recipe, Section, Stage
+from alignment.recipe.schema import Model, Recipe, Section, Stage
 from alignment.recipe.upstream import display_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,3 +244,12 @@ def test_hh_rlhf_can_be_run_on_local_files() -> None:
 def _sources(stage: Stage) -> list[Any]:
     data = [*stage.data.train, *stage.data.eval] if stage.data else []
     return [*data, *(stage.prompts or []), *(stage.pairs or [])]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_every_model_of_the_hub_is_pinned(path: Path) -> None:
+    recipe = load_recipe(path)
+    named = [text for stage in recipe.stages.values() for text in (*(stage.models or ()), *stage.scorers)]
+    models = [recipe.model, *(stage.model for stage in recipe.stages.values()), *map(Model.model_validate, named)]
+    open_ = [model.path for model in models if model is not None and model.path is not None and model.revision is None]
+    assert [name for name in open_ if not is_local(name)] == []

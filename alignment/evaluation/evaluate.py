@@ -35,7 +35,7 @@ from alignment.models.load import adapter_base, is_adapter, load_config, load_po
 from alignment.models.tokenizer import load_tokenizer
 from alignment.pipeline.files import write_text
 from alignment.recipe.algorithms import Schema
-from alignment.recipe.schema import DataLimits, Sampling, Source
+from alignment.recipe.schema import DataLimits, Sampling, Source, pinned
 
 if TYPE_CHECKING:
     from alignment.training.context import Context
@@ -122,9 +122,9 @@ def build(ctx: Context) -> Callable[[], dict[str, float]]:
 def labels(links: Sequence[str]) -> dict[str, str]:
     """A short name for each link: its last part, with as many parents as tell it from the others.
 
-    `stage:dpo` is dpo; the folders `a/dpo` and `b/dpo` are a-dpo and b-dpo.
+    `stage:dpo` is dpo; the folders `a/dpo` and `b/dpo` are a-dpo and b-dpo; the commit of `org/dpo@commit` is left out.
     """
-    parts = {link: [part for part in link.removeprefix("stage:").split("/") if part] for link in links}
+    parts = {link: [part for part in pinned(link)[0].removeprefix("stage:").split("/") if part] for link in links}
     for depth in range(1, max(map(len, parts.values())) + 1):
         names = {link: "-".join(path[-depth:]) for link, path in parts.items()}
         if len(set(names.values())) == len(names):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -34,6 +35,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ROWS_MULTIPLE = 64  # embedding rows: matrix products on GPUs like multiples of 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD = "score"
+LOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub model; no pickles, no code
 
 
 def compute_dtype(choice: Literal["auto", "bfloat16", "float32"]) -> torch.dtype:
@@ -66,6 +68,18 @@ def adapter_base(path: str | Path) -> str:
     if is_adapter(str(base)):
         raise ModelError(f"{path}: its base {base} is itself an adapter that was not merged; merge that first")
     return str(base)
+
+
+def snapshot(name: str, commit: str) -> Path:
+    """The folder of a hub model at one commit: from the cache, else fetched, without weights that are pickles.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no such model or commit.
+    """
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=LOADED))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}@{commit}: cannot be had from the hub ({_one_line(error)})") from error
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:

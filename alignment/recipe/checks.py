@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from alignment.recipe.online import adapter_problems, group_problems
 from alignment.recipe.problems import Place, Problems, did_you_mean, shown
 from alignment.recipe.resolve import full_train, parents, resolve
 from alignment.recipe.schedule import schedule_problems
-from alignment.recipe.schema import LINK, Recipe, Stage, linked
+from alignment.recipe.schema import LINK, Recipe, Stage, linked, pinned
 from alignment.recipe.sharding import combination_problem, deepspeed_problems
 from alignment.recipe.trainer_keys import check_model_config, check_peft, check_train
 
@@ -158,6 +159,7 @@ def _check_model(subject: _Subject) -> None:
         subject.problems.add((*place, "quantization"), message)
     if model.path is not None and model.path in subject.order and not os.path.exists(model.path):
         subject.problems.add(place, f"no such folder: {model.path}; write {LINK}{model.path} to link to the stage")
+    _check_commit(subject, model.path, place)
 
 
 def _check_links(subject: _Subject) -> None:
@@ -167,8 +169,18 @@ def _check_links(subject: _Subject) -> None:
         _check_link(subject, ("model",), stage.model.stage, row.starts_from)
     for index, text in enumerate(stage.models or ()):
         _check_link(subject, ("models", index), linked(text), "causal-lm")
+        _check_commit(subject, text, ("stages", subject.name, "models", index))
     for index, text in enumerate(stage.scorers):
         _check_link(subject, ("scorers", index), linked(text), "sequence-classification")
+        _check_commit(subject, text, ("stages", subject.name, "scorers", index))
+
+
+def _check_commit(subject: _Subject, text: str | None, place: Place) -> None:
+    """A hub name with something else than a whole commit behind it: a branch may be another model tomorrow."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@(.+)", text or "")
+    if found and pinned(found[0])[1] is None and not os.path.exists(found[0]):
+        message = f"{found[2]} is no commit of {found[1]}; write all of its 40 hexadecimal digits"
+        subject.problems.add(place, message)
 
 
 def _check_link(subject: _Subject, place: Place, target: str | None, wanted: Kind) -> None:
@@ -310,6 +322,7 @@ def _check_reward_model(subject: _Subject, index: int, model: str | None) -> Non
     if model is None:
         return
     _check_link(subject, ("rewards", index, "model"), linked(model), "sequence-classification")
+    _check_commit(subject, model, ("stages", subject.name, "rewards", index, "model"))
     if model in subject.order and not os.path.exists(model):
         message = f"no such folder: {model}; write {LINK}{model} to link to the stage"
         subject.add("rewards", index, "model", message=message)

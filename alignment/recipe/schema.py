@@ -92,6 +92,12 @@ def linked(text: str) -> str | None:
     return text.removeprefix(LINK) if text.startswith(LINK) else None
 
 
+def pinned(text: str) -> tuple[str, str | None]:
+    """The name and the commit of `org/name@commit`; a name or a folder as it is, and None."""
+    name, _, commit = text.rpartition("@")
+    return (name, commit) if re.fullmatch("[0-9a-f]{40}", commit) else (text, None)
+
+
 class Model(Section):
     """Which weights a stage starts from: exactly one of `stage`, `path`, `init`."""
 
@@ -105,11 +111,13 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        """`stage:sft` and `path-or-hub-name` are short for the mapping."""
-        if isinstance(value, str):
-            stage = linked(value)
-            return {"path": value} if stage is None else {"stage": stage}
-        return value
+        """`stage:sft`, `path-or-hub-name` and `hub-name@commit` are short for the mapping."""
+        if not isinstance(value, str):
+            return value
+        if (stage := linked(value)) is not None:
+            return {"stage": stage}
+        path, commit = pinned(value)
+        return {"path": path} if commit is None else {"path": path, "revision": commit}
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -319,7 +327,7 @@ class Reward(Section):
 
     name: Name
     function: Hook | None = Field(default=None, description="pkg.mod:fn or path/to/file.py:fn")
-    model: str | None = Field(default=None, description="a reward model: stage:<name>, a folder or a hub name")
+    model: str | None = Field(default=None, description="a reward model: stage:<name>, a folder, hub-name@commit")
     regex: str | None = Field(default=None, description="1 where the pattern is found in the reply, else 0")
     length: PositiveInt | None = Field(default=None, description="words without a penalty; twice as many cost 1")
     weight: Annotated[float, Field(allow_inf_nan=False)] = Field(default=1.0, description="factor in the sum")
@@ -374,7 +382,7 @@ class Stage(Section):
     train: dict[str, Any] = Field(default_factory=dict)
     peft: dict[str, Any] | None = None
     # evaluate
-    models: list[str] | None = Field(default=None, description="stage:<name> or a folder, in the order of the table")
+    models: list[str] | None = Field(default=None, description="stage:<name>, a folder, hub-name@commit")
     baseline: str | None = Field(default=None, description="the model that win rates and KL refer to")
     scorers: list[str] = Field(default_factory=list, description="reward models whose accuracy is measured on `pairs`")
     rewards: list[Reward] = Field(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alignment.models.load import snapshot
 from alignment.recipe.algorithms import ALGORITHMS, Algorithm
-from alignment.recipe.schema import Model
+from alignment.recipe.schema import Model, linked, pinned
 
 if TYPE_CHECKING:
     from alignment.data.prepare import Prepared
@@ -59,6 +60,8 @@ class Context:
         return ALGORITHMS[self.spec.config.algorithm]
 
     def path_of(self, link: str) -> Path:
-        """The folder behind `stage:<name>`, or a path as it is."""
-        kind, _, name = link.partition(":")
-        return self.spec.parents[name] if kind == "stage" else Path(link)
+        """The folder behind `stage:<name>` or `hub-name@commit`; a path or hub name as it is."""
+        if (stage := linked(link)) is not None:
+            return self.spec.parents[stage]
+        name, commit = pinned(link)
+        return Path(name) if commit is None else snapshot(name, commit)

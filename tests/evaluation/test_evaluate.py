@@ -266,4 +266,5 @@ def test_prompts_without_room_for_a_reply_are_dropped_and_counted(contest: Calla
 def test_labels_are_as_short_as_tells_them_apart() -> None:
     assert labels(["stage:sft", "stage:dpo"]) == {"stage:sft": "sft", "stage:dpo": "dpo"}
     assert labels(["runs/a/dpo", "runs/b/dpo"]) == {"runs/a/dpo": "a-dpo", "runs/b/dpo": "b-dpo"}
+    assert labels(["stage:dpo", f"org/chat@{'0' * 40}"]) == {"stage:dpo": "dpo", f"org/chat@{'0' * 40}": "chat"}
     assert labels(["stage:dpo", "dpo"]) == {"stage:dpo": "stage:dpo", "dpo": "dpo"}

@@ -214,3 +214,23 @@ def test_peft_settings_of_a_scorer_and_of_added_tokens() -> None:
     assert tied.ensure_weight_tying
     with pytest.raises(RecipeError, match="peft: "):
         lora_config({"r": 4, "no_such_key": 1}, scorer=False, added_tokens=(), tied=True)
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_model_at_a_commit_is_that_commit(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache stands in for it: two commits, of which the newer one is `main`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshots = tmp_path / "models--org--tiny" / "snapshots"
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(tiny_policy, snapshots / commit)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text("b" * 40)
+    assert load.snapshot("org/tiny", "a" * 40) == snapshots / ("a" * 40)
+    with pytest.raises(
+        ModelError, match=f"^org/tiny@{'c' * 40}: cannot be had from the hub .Cannot find an appropriate"
+    ):
+        load.snapshot("org/tiny", "c" * 40)

@@ -33,6 +33,9 @@ FAULTS = {
         "rewards[0].model: compare publishes no model (evaluate), and a reward model is needed; use stage:reward"
     ),
     "{name: rm, model: reward}": "rewards[0].model: no such folder: reward; write stage:reward to link to the stage",
+    "{name: rm, model: org/judge@main}": (
+        "rewards[0].model: main is no commit of org/judge; write all of its 40 hexadecimal digits"
+    ),
     "{name: a, function: gone.py:f}": "rewards[0].function: no such file: gone.py",
     "{name: a, function: 3}": "rewards[0].function: expected text, found 3",
     "{name: a, length: 4, weight: 0}": (

@@ -30,7 +30,7 @@ from alignment.pipeline.memory.situation import (
 from alignment.pipeline.memory.sizes import Lora, ModelSize
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.load import full_train, resolve
-from alignment.recipe.schema import Model, Recipe, Resolved, linked
+from alignment.recipe.schema import Model, Recipe, Resolved
 
 ADAPTER = "adapter_config.json"
 ROWS_MULTIPLE = 64  # as models/load.py rounds embedding rows
@@ -262,9 +262,8 @@ class _Finder:
         return found
 
     def link(self, text: str) -> Found:
-        """`stage:<name>`, a folder or a hub name."""
-        stage = linked(text)
-        return self._model(Model(path=text) if stage is None else Model(stage=stage))
+        """`stage:<name>`, a folder, a hub name or `hub-name@commit`."""
+        return self._model(Model.model_validate(text))
 
     def _model(self, model: Model) -> Found:
         if model.init is not None:
