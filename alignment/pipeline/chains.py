@@ -185,16 +185,25 @@ def _template(spec: StageSpec, link: Link) -> Iterator[str]:
 
 def _spoken(manifest: dict[str, Any] | None) -> str | None:
     """The template of a stage: its own, or that of the stage it started from; by name, or by the file's hash."""
+    spoken = (one["fingerprint"].get("chat_template") for one in _lineage(manifest))
+    return next((str(template) for template in spoken if template is not None), None)
+
+
+def _lineage(manifest: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A stage's manifest, that of the stage it started from, and so on, as far as they are there."""
     for _ in range(64):  # no chain is longer, and a record may be forged into a circle
         if manifest is None:
-            return None
-        fingerprint = manifest["fingerprint"]
-        if fingerprint.get("chat_template") is not None:
-            return str(fingerprint["chat_template"])
-        name = (fingerprint.get("model") or {}).get("stage")
-        entry = (manifest.get("parents") or {}).get(name) or {}
-        manifest = read_manifest(Path(entry["path"])) if "path" in entry else None
-    return None
+            return
+        yield manifest
+        start = _start(manifest)
+        manifest = None if start is None else read_manifest(start)
+
+
+def _start(manifest: dict[str, Any]) -> Path | None:
+    """The folder of the stage that a stage started from."""
+    name = (manifest["fingerprint"].get("model") or {}).get("stage")
+    entry = (manifest.get("parents") or {}).get(name) or {}
+    return Path(entry["path"]) if "path" in entry else None
 
 
 def _named(template: str) -> str:
@@ -236,16 +245,11 @@ def _instructed(recipe: Recipe, stage: Stage) -> bool | None:
 def _folder_instructed(folder: Path) -> bool | None:
     """The same of a model folder: from its manifest and its parents', else whether its tokenizer has a template."""
     try:
-        manifest = read_manifest(folder)
-        while manifest is not None:
-            row = ALGORITHMS.get(str(manifest.get("algorithm")))
-            if row is not None and row.schema != "text":
-                return True
-            name = (manifest["fingerprint"].get("model") or {}).get("stage")
-            entry = (manifest.get("parents") or {}).get(name) or {}
-            if "path" not in entry:
-                return False
-            manifest = read_manifest(Path(entry["path"]))
+        lineage = list(_lineage(read_manifest(folder)))
+        if lineage:
+            rows = (ALGORITHMS.get(str(manifest.get("algorithm"))) for manifest in lineage)
+            learned = any(row is not None and row.schema != "text" for row in rows)
+            return True if learned else None if _start(lineage[-1]) else False
         found = folders.vocabulary(folder)
     except (ChainError, ModelError):
         return None  # told where the link is checked

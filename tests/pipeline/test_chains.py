@@ -338,6 +338,16 @@ def test_whether_a_folder_was_instruction_tuned_is_read_from_its_manifest(
     assert bool(cautions(load_recipe("recipe.yaml"), "ppo")) is noted
 
 
+def test_a_manifest_forged_into_a_circle_does_not_hold_the_plan(chain: Callable[..., Any]) -> None:
+    from alignment.pipeline.chains import cautions
+
+    edit(RUN / "base", fingerprint={"model": {"stage": "base"}})
+    edit_parents("base", "base")
+    text = Path("recipe.yaml").read_text().replace("    model: stage:sft\n", "    model: runs/small/base\n")
+    Path("recipe.yaml").write_text(text)
+    assert cautions(load_recipe("recipe.yaml"), "ppo") == []  # nobody knows where it began
+
+
 def test_hooks_are_named_as_code_before_anything_runs(run: Callable[..., Any], workplace: Path) -> None:
     write_recipe(REWARD="stage:reward}, {name: judge, function: 'judge.py:score'")
     (workplace / "judge.py").write_text("raise SystemExit('imported by the planner')\n")
