@@ -10,20 +10,15 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignment import statuscli
+from alignment import datacli, statuscli, verifying
+from alignment.commands import EXIT_CODES, add_json, add_recipe, add_runs, command, count, positive, say, silent
 from alignment.errors import DataError, ExitCode, RecipeError, UserError
 from alignment.recipe.credentials import mask
-
-EXIT_CODES = """\
-exit codes:
-  0 done   1 a stage or check failed   2 bad input or a changed recipe   3 no whole checkpoint   4 storage
-  5 in use by another process   6 not finite   7 hang   85 preempted: start it again
-"""
 
 
 def run() -> None:
@@ -87,7 +82,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print("\n".join(lines(plan)))
     for line in found.problems:
         print(f"alignment: {arguments.recipe}: {line}", file=sys.stderr)
-    print(f"{arguments.recipe}: {len(recipe.stages)} stages, {_count(len(found.problems), 'problem')}")
+    print(f"{arguments.recipe}: {len(recipe.stages)} stages, {count(len(found.problems), 'problem')}")
     return code
 
 
@@ -114,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.set)
     name = arguments.run or recipe.name
-    say = _silent if arguments.json or arguments.quiet else _say
+    tell = silent if arguments.json or arguments.quiet else say
     if arguments.launch and not arguments.smoke:
         raise RecipeError("--launch belongs to --smoke; a run always goes through the launcher")
     if arguments.slurm and arguments.smoke:
@@ -122,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.smoke:
         from alignment.training.smoke import smoke
 
-        return smoke(recipe, runs=arguments.runs, run=name, launch=arguments.launch, say=say)
+        return smoke(recipe, runs=arguments.runs, run=name, launch=arguments.launch, say=tell)
     request = Request(
         recipe=recipe, recipe_path=arguments.recipe, overrides=arguments.set, runs=arguments.runs, run=name,
         stages=arguments.stage, until=arguments.until, allow=arguments.allow_change, force=arguments.force,
@@ -139,9 +134,9 @@ def _run(arguments: argparse.Namespace) -> int:
         start = submit.write_scripts if arguments.dry_run else submit.submit
     else:
         start = dry_run if arguments.dry_run else execute
-    summary = start(request, say)
+    summary = start(request, tell)
     for stage, result in summary["stages"].items():
-        if result.get("message") and say is _silent:
+        if result.get("message") and tell is silent:
             print(f"alignment: stage {stage}: {result['message']}", file=sys.stderr)
     print(json.dumps(summary) if arguments.json else summary["run"])
     return int(summary["code"])
@@ -176,27 +171,10 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# -- printing ----------------------------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
-
-
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    from alignment import datacli, verifying  # which use this module
-
     parser = argparse.ArgumentParser(
         prog="alignment",
         description="Train aligned language models as a chain of checked stages that a recipe describes.\n\n"
@@ -210,51 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_run(commands)
     datacli.add(commands)
-    _add_inspection(commands)
+    statuscli.add(commands)
     verifying.add(commands)
     _add_serving(commands)
     return parser
-
-
-def _command(
-    commands: Any, name: str, function: Callable[[argparse.Namespace], int], summary: str, text: str, epilog: str = ""
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{summary}\n\n{text}", epilog=epilog + EXIT_CODES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.set_defaults(command=function)
-    return parser
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """The type of an argument that is a number above 0."""
-
-    def convert(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError(text)
-        return value
-
-    convert.__name__ = "number above 0"
-    return convert
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe (YAML)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="override one key, by its full path: stages.dpo.train.beta=0.05 (may be repeated)",
-    )  # fmt: skip
-
-
-def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR",
-                        help="the folder of all run directories (default: runs)")  # fmt: skip
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
 
 
 def _add_check(commands: Any) -> None:
@@ -262,7 +199,7 @@ def _add_check(commands: Any) -> None:
 
     width = max(map(len, ALGORITHMS))
     rows = "".join(f"  {row.name:<{width}}  {row.summary}\n" for row in ALGORITHMS.values())
-    parser = _command(
+    parser = command(
         commands, "check", _check, "say whether a recipe can run, without running it",
         "The recipe, its files and the first records of each, at once; then every row, and the chat\n"
         "template on real rows where the tokenizer is on this machine.\n\n"
@@ -277,23 +214,23 @@ def _add_check(commands: Any) -> None:
         "  alignment check recipes/zephyr-7b/full.yaml --probe --stage dpo",
         epilog=f"algorithms:\n{rows}\n",
     )  # fmt: skip
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--quick", action="store_true", help="only what needs no tokenizer: well under a second")
     parser.add_argument("--deep", action="store_true",
                         help="also build every stage whose parents are finished, and make a step without effect: "
                         "recipes/checks.md")  # fmt: skip
-    parser.add_argument("--gpus", type=_positive(int), metavar="N",
+    parser.add_argument("--gpus", type=positive(int), metavar="N",
                         help="plan the memory on N GPUs (default: launch.processes of each stage)")  # fmt: skip
-    parser.add_argument("--memory", type=_positive(float), metavar="GB",
+    parser.add_argument("--memory", type=positive(float), metavar="GB",
                         help="of one GPU; a stage that does not fit fails the check")  # fmt: skip
     parser.add_argument("--probe", action="store_true", help="measure the memory and compare it with the plan")
     parser.add_argument("--stage", action="append", metavar="NAME", help="with --probe: only this stage (repeatable)")
-    _add_runs(parser)
-    _add_json(parser)
+    add_runs(parser)
+    add_json(parser)
 
 
 def _add_run(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands, "run", _run, "run the stages of a recipe that have not run yet",
         "Finished stages are skipped, unfinished ones go on from their newest sealed checkpoint, and a\n"
         "stage that differs from what was run is refused with the difference. The run's path is printed\n"
@@ -307,9 +244,9 @@ def _add_run(commands: Any) -> None:
         "recipes/cluster.md.\n\n"
         "  alignment run recipes/zephyr-7b/full.yaml --slurm --set launch.slurm.partition=gpu",
     )  # fmt: skip
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--run", metavar="NAME", help="name of the run directory (default: the recipe's name)")
-    _add_runs(parser)
+    add_runs(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this stage (may be repeated)")
     which.add_argument("--until", metavar="NAME", help="all stages up to this one")
@@ -330,51 +267,17 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--launch", action="store_true", help="with --smoke: through the launcher, as a real run")
     parser.add_argument("--quiet", action="store_true",
                         help="print only the run's path; what the workers print goes to STAGE/output.log")  # fmt: skip
-    _add_json(parser)
-
-
-def _add_inspection(commands: Any) -> None:
-    parser = _command(
-        commands, "status", statuscli.status, "say how a run or a stage stands",
-        "Exits with the stage's own exit code (of a run: the first that is not 0), so that scripts can\n"
-        "tell 85 (start it again) from 1 (failed).\n\n  alignment status quickstart/dpo",
-    )  # fmt: skip
-    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
-    _add_runs(parser)
-    _add_json(parser)
-    parser = _command(
-        commands, "runs", statuscli.runs, "list the runs here: stages, status, time, key metrics",
-        "The latest first.\n\n  alignment runs --runs /scratch/runs",
-    )  # fmt: skip
-    _add_runs(parser)
-    _add_json(parser)
-    parser = _command(
-        commands, "report", statuscli.report, "print what a run has found out, or what its logs show",
-        "The pages that its evaluate stages wrote. With --diagnose: faults that the log of each stage\n"
-        "shows (KL that grows without reward, a critic that does not learn, a loss that rises ...), with\n"
-        "numbers, the usual cause, and the key of the recipe to change. Findings do not change the exit\n"
-        "code.\n\n  alignment report quickstart\n  alignment report quickstart/dpo --diagnose",
-    )  # fmt: skip
-    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
-    _add_runs(parser)
-    parser.add_argument("--diagnose", action="store_true", help="read each stage's log.jsonl and say what is wrong")
-    _add_json(parser)
-    parser = _command(
-        commands, "env", statuscli.env, "show versions, devices, and what is missing for what",
-        "Paste its output into a bug report.\n\n  alignment env --devices",
-    )  # fmt: skip
-    parser.add_argument("--devices", action="store_true", help="also ask torch which devices it sees (imports it)")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _add_serving(commands: Any) -> None:
     name = "a run (its last finished language model), a stage of one, or a model folder"
-    parser = _command(
+    parser = command(
         commands, "chat", _chat, "talk to a trained model in the terminal",
         "  alignment chat quickstart\n  alignment chat quickstart:sft --temperature 0",
     )  # fmt: skip
     parser.add_argument("name", metavar="RUN[:STAGE]|PATH", help=name)
-    _add_runs(parser)
+    add_runs(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument(
         "--temperature", type=float, default=0.7, help="0 always takes the likeliest token (default: 0.7)"
@@ -382,7 +285,7 @@ def _add_serving(commands: Any) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest reply (default: 256)")
     parser.add_argument("--seed", type=int, help="seed of the draws (default: a new one each time)")
-    parser = _command(
+    parser = command(
         commands, "export", _export, "write a trained model as one plain folder, adapters merged",
         "The folder loads with `from_pretrained` anywhere. With --from-checkpoint: the model of a run\n"
         "that was killed, also where DeepSpeed left it in shares.\n\n"
@@ -393,4 +296,4 @@ def _add_serving(commands: Any) -> None:
     parser.add_argument("--from-checkpoint", type=Path, metavar="CHECKPOINT",
                         help="a checkpoint of yours instead; it must be sealed and whole")  # fmt: skip
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
-    _add_runs(parser)
+    add_runs(parser)

@@ -1,6 +1,6 @@
 """The command line's group `alignment data`: check, show, prepare, score, convert.
 
-Imported by `cli` when it makes its parser; what imports torch is imported inside the commands.
+What imports torch is imported inside the commands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from alignment import cli
+from alignment.commands import EXIT_CODES, add_json, add_recipe, add_runs, command, count, say, silent
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def _check(arguments: argparse.Namespace) -> int:
         arguments.paths, overrides=arguments.set, stages=arguments.stage, strict=arguments.strict,
         against=arguments.against, tokenizer=arguments.tokenizer, template=arguments.chat_template,
         columns=arguments.columns, format=arguments.format, subset=arguments.subset, runs=arguments.runs,
-        say=cli._silent,
+        say=silent,
     )  # fmt: skip
     for report in found:
         reports.append(report)
@@ -36,7 +36,7 @@ def _check(arguments: argparse.Namespace) -> int:
         print(json.dumps(total))
     else:
         kept = f"{total['rows']['kept']:,} of {total['rows']['in']:,} rows kept"
-        print(f"{kept}, {cli._count(len(total['findings']), 'finding')}, {cli._count(len(passed), 'limit')} passed")
+        print(f"{kept}, {count(len(total['findings']), 'finding')}, {count(len(passed), 'limit')} passed")
     return int(total["code"])
 
 
@@ -55,9 +55,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from alignment.inspecting import prepare
 
     names = prepare(
-        arguments.recipe, overrides=arguments.set, stages=arguments.stage, runs=arguments.runs, say=cli._say
+        arguments.recipe, overrides=arguments.set, stages=arguments.stage, runs=arguments.runs, say=say
     )  # fmt: skip
-    print(f"{arguments.recipe}: {cli._count(len(names), 'stage')} ready in {arguments.runs / '.cache'}")
+    print(f"{arguments.recipe}: {count(len(names), 'stage')} ready in {arguments.runs / '.cache'}")
     return 0
 
 
@@ -66,7 +66,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
     score(
         arguments.recipe, arguments.out, overrides=arguments.set, stage=arguments.stage, model=arguments.model,
-        run=arguments.run, runs=arguments.runs, say=cli._say,
+        run=arguments.run, runs=arguments.runs, say=say,
     )  # fmt: skip
     return 0
 
@@ -78,8 +78,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         str(arguments.input), columns=arguments.columns, format=arguments.format, subset=arguments.subset,
         split=arguments.split, pairs=arguments.pairs, score=arguments.score,
     )  # fmt: skip
-    say = cli._silent if arguments.json else cli._say
-    summary = convert(source, arguments.out, schema=arguments.to, strict=arguments.strict, say=say)
+    tell = silent if arguments.json else say
+    summary = convert(source, arguments.out, schema=arguments.to, strict=arguments.strict, say=tell)
     if arguments.json:
         print(json.dumps({"code": 0, **summary}))
     return 0
@@ -92,7 +92,7 @@ def add(commands: Any) -> None:
     """`alignment data`, a group of commands of its own."""
     summary = "look at rows before anything is trained"
     parser = commands.add_parser(
-        "data", help=summary, epilog=cli.EXIT_CODES, allow_abbrev=False,
+        "data", help=summary, epilog=EXIT_CODES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"{summary}\n\n  alignment data check recipes/quickstart.yaml\n"
         "  alignment data show recipes/quickstart.yaml --stage dpo --row 17",
@@ -106,7 +106,7 @@ def add(commands: Any) -> None:
 
 
 def _add_check(group: Any) -> None:
-    parser = cli._command(
+    parser = command(
         group, "check", _check, "report what is wrong with the rows of a recipe, or of files",
         "Rows dropped and why; duplicates; held-out rows and evaluation sets that are trained on; credentials\n"
         "and personal data (counted, never printed); tokens, lengths, padding; what a preference model could\n"
@@ -125,19 +125,19 @@ def _add_check(group: Any) -> None:
                         "recipe's evaluate stages are looked for in any case")  # fmt: skip
     parser.add_argument("--tokenizer", metavar="FOLDER", help="with files: count tokens with this tokenizer")
     parser.add_argument("--chat-template", metavar="NAME", help="with files: a named template or a .jinja file")
-    cli._add_runs(parser)
-    cli._add_json(parser)
+    add_runs(parser)
+    add_json(parser)
 
 
 def _add_show(group: Any) -> None:
-    parser = cli._command(
+    parser = command(
         group, "show", _show, "show one row as the model sees it",
         "What is trained, what is not, what is cut; special tokens and line ends visible; of pairs both\n"
         "answers side by side, with what differs marked.\n\n"
         "  alignment data show recipes/quickstart.yaml --stage dpo --row 17\n"
         "  alignment data show my.yaml --stage sft --worst truncation --ids",
     )  # fmt: skip
-    cli._add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--stage", required=True, metavar="NAME", help="the stage whose rows are shown")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--row", metavar="N", default="0",
@@ -149,29 +149,29 @@ def _add_show(group: Any) -> None:
 
 
 def _add_prepare(group: Any) -> None:
-    parser = cli._command(
+    parser = command(
         group, "prepare", _prepare, "tokenize the rows of a recipe into the cache that training reads",
         "A run that comes after finds its tables there.\n\n  alignment data prepare recipes/quickstart.yaml",
     )  # fmt: skip
-    cli._add_recipe(parser)
+    add_recipe(parser)
     _add_stages(parser)
-    cli._add_runs(parser)
+    add_runs(parser)
 
 
 def _add_score(group: Any) -> None:
-    parser = cli._command(
+    parser = command(
         group, "score", _score, "write the rows of a stage with the loss that its model has on each",
         "In TRL's conversational schema, with a column `loss`: the mean over the trained tokens; of a pair\n"
         "-log sigmoid of how much more likely per token the chosen answer is. With OUT as source of the stage,\n"
         "`prune: {by: loss, keep: 0.5, side: middle}` leaves out what the model knows and what no model learns.\n\n"
         "  alignment data score my.yaml --stage sft scored.jsonl",
     )  # fmt: skip
-    cli._add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="a new .jsonl file (also .jsonl.gz, .jsonl.zst)")
     parser.add_argument("--stage", required=True, metavar="NAME", help="the stage whose rows are scored")
     parser.add_argument("--model", metavar="FOLDER", help="the model (default: the one that the stage starts from)")
     parser.add_argument("--run", metavar="NAME", help="the run whose stages the model may be (default: the recipe's)")
-    cli._add_runs(parser)
+    add_runs(parser)
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +198,7 @@ def _add_source(parser: argparse.ArgumentParser, when: str) -> None:
 def _add_convert(group: Any) -> None:
     from alignment.recipe.schema import Source
 
-    parser = cli._command(
+    parser = command(
         group, "convert", _convert, "write rows of any known format in TRL's conversational schema",
         "Row by row, whatever the size. Says the format it recognised, and counts what it dropped and why.\n\n"
         "  alignment data convert pairs.json.gz pairs.jsonl\n"
@@ -218,4 +218,4 @@ def _add_convert(group: Any) -> None:
                         help="pairs made of several rated answers (default: best-worst)")  # fmt: skip
     parser.add_argument("--score", metavar="KEY", help="what rates such answers, where it is not the usual key")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
-    cli._add_json(parser)
+    add_json(parser)

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alignment.commands import add_json, add_runs, command
 
-def status(arguments: argparse.Namespace) -> int:
+
+def _status(arguments: argparse.Namespace) -> int:
     from alignment.pipeline import overview, submit
     from alignment.pipeline.describe import table
 
@@ -25,7 +27,7 @@ def status(arguments: argparse.Namespace) -> int:
     return code
 
 
-def runs(arguments: argparse.Namespace) -> int:
+def _runs(arguments: argparse.Namespace) -> int:
     from alignment.pipeline import overview, submit
     from alignment.pipeline.describe import table
 
@@ -44,7 +46,7 @@ def runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(arguments: argparse.Namespace) -> int:
+def _report(arguments: argparse.Namespace) -> int:
     from alignment.evaluation import diagnose
     from alignment.pipeline import overview
 
@@ -63,7 +65,7 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def env(arguments: argparse.Namespace) -> int:
+def _env(arguments: argparse.Namespace) -> int:
     from alignment.environment import environment, lines
 
     found = environment(devices=arguments.devices)
@@ -82,3 +84,38 @@ def _state_row(state: Any) -> list[str]:
     time = duration(state.seconds) if state.seconds is not None else ""
     told = progress or state.message or key_metrics(state.metrics)
     return [state.stage, state.state, time, ", ".join(filter(None, (state.job and f"job {state.job}", told)))]
+
+
+def add(commands: Any) -> None:
+    """Add these commands to the program's."""
+    parser = command(
+        commands, "status", _status, "say how a run or a stage stands",
+        "Exits with the stage's own exit code (of a run: the first that is not 0), so that scripts can\n"
+        "tell 85 (start it again) from 1 (failed).\n\n  alignment status quickstart/dpo",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
+    add_runs(parser)
+    add_json(parser)
+    parser = command(
+        commands, "runs", _runs, "list the runs here: stages, status, time, key metrics",
+        "The latest first.\n\n  alignment runs --runs /scratch/runs",
+    )  # fmt: skip
+    add_runs(parser)
+    add_json(parser)
+    parser = command(
+        commands, "report", _report, "print what a run has found out, or what its logs show",
+        "The pages that its evaluate stages wrote. With --diagnose: faults that the log of each stage\n"
+        "shows (KL that grows without reward, a critic that does not learn, a loss that rises ...), with\n"
+        "numbers, the usual cause, and the key of the recipe to change. Findings do not change the exit\n"
+        "code.\n\n  alignment report quickstart\n  alignment report quickstart/dpo --diagnose",
+    )  # fmt: skip
+    parser.add_argument("name", metavar="RUN[/STAGE]", help="a run, a stage of it, or a path to either")
+    add_runs(parser)
+    parser.add_argument("--diagnose", action="store_true", help="read each stage's log.jsonl and say what is wrong")
+    add_json(parser)
+    parser = command(
+        commands, "env", _env, "show versions, devices, and what is missing for what",
+        "Paste its output into a bug report.\n\n  alignment env --devices",
+    )  # fmt: skip
+    parser.add_argument("--devices", action="store_true", help="also ask torch which devices it sees (imports it)")
+    add_json(parser)

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from alignment import cli
+from alignment.commands import add_json, add_runs, command
 from alignment.errors import ExitCode
 
 
 def add(commands: Any) -> None:
     """Add the command to the program's."""
-    parser = cli._command(
+    parser = command(
         commands, "verify", _verify, "say whether a stage, an exported model or a checkpoint is what was written",
         "Reads every byte that the manifest (or a checkpoint's seal) names, and holds together what the\n"
         "records say of each other: weights, tokenizer, template, stop tokens, the base of an adapter,\n"
@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("path", type=Path, metavar="PATH",
                         help="a run, a stage of it, an exported model, or a checkpoint")  # fmt: skip
-    cli._add_runs(parser)
-    cli._add_json(parser)
+    add_runs(parser)
+    add_json(parser)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -266,7 +266,7 @@ PLANTS: dict[str, Plant] = {
         "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}"
     ),
     "a template that fills the memory": template("{{ 'x' * 10000000000 }}"),
-    "a template that writes 100 MB": template("{{ 'x' * 100000000 }}"),
+    "a template that writes 20 MB": template("{{ 'x' * 20000000 }}"),
     "a reward model to chat with": nothing,
     "a reward model as policy": recipe("./model", "./scorer"),
     # checkpoints

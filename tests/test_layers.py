@@ -25,11 +25,13 @@ TORCH_FREE = (
     "recipe",
     "pipeline",
     "cli.py",
+    "commands.py",
     "__main__.py",
     "environment.py",
     "checking.py",
     "verifying.py",
     "statuscli.py",
+    "datacli.py",
     "errors.py",
     "__init__.py",
 )
