@@ -75,8 +75,8 @@ def check_stage(spec: planning.StageSpec) -> Outcome:
     """
     from accelerate.state import AcceleratorState, GradientState
 
+    from alignment.training.assemble import assembled
     from alignment.training.quiet import quiet
-    from alignment.training.worker import built
 
     quiet()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -88,7 +88,7 @@ def check_stage(spec: planning.StageSpec) -> Outcome:
         spec = replace(spec, output=Path(folder) / spec.stage, config=config, attempt="deep")
         spec.output.mkdir()
         compute = compute_dtype(config.precision.compute)
-        ctx, trainer = built(Context(spec=spec, say=_silent, compute=compute))
+        ctx, trainer = assembled(Context(spec=spec, say=_silent, compute=compute))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         first = invariants.FirstBatch(ctx, trainer, _silent, count=ROWS)

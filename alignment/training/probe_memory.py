@@ -40,6 +40,7 @@ from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.load import full_train, resolve
 from alignment.recipe.schema import Recipe, Resolved
 from alignment.training.arguments import accumulation
+from alignment.training.assemble import assembled
 from alignment.training.context import Context
 
 ALLOWED = 1.15  # measured over planned
@@ -273,12 +274,10 @@ def measure(spec: StageSpec) -> None:
 
 def _steps(spec: StageSpec) -> None:
     """The steps alone: what is checked of a first batch does not hold of weights that are zero."""
-    from alignment.training import worker  # which starts this module
-
     if not torch.cuda.is_available():
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler does not see what other threads allocate
     compute = compute_dtype(spec.config.precision.compute)
-    ctx, trainer = worker.built(Context(spec=spec, say=lambda text: None, compute=compute), _table)
+    ctx, trainer = assembled(Context(spec=spec, say=lambda text: None, compute=compute), _table)
     trainer.args.save_strategy = SaveStrategy.NO
     # A reward model reads as many tokens as were drawn, whatever they are.
     ctx.tokenizer.batch_decode = lambda replies, **kwargs: [WORD * len(reply) for reply in replies]

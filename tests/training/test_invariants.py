@@ -19,7 +19,7 @@ from alignment.pipeline import runs
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.invariants import INVARIANTS, SKIPPABLE
 from alignment.recipe.load import load_recipe
-from alignment.training import builders, deep, invariants, probe, worker
+from alignment.training import assemble, builders, deep, invariants, probe, worker
 from alignment.training.context import Context
 from alignment.training.invariants import CHECKS, Outcome
 from alignment.training.subject import Subject
@@ -50,7 +50,7 @@ def subject(tiny_run: Path, tiny_recipe: Recipe, tmp_path: Path) -> Callable[...
             changes.setdefault("model", str(tiny_run / ("base" if stage == "sft" else "sft")))
         changes["algorithm"] = algorithm
         spec = planned(tiny_recipe(stage, **{stage: changes}), tmp_path, stage)
-        ctx, trainer = worker.built(Context(spec=spec, say=lambda text: None, compute=_compute(spec)))
+        ctx, trainer = assemble.assembled(Context(spec=spec, say=lambda text: None, compute=_compute(spec)))
         return Subject(ctx, trainer)
 
     return build
@@ -468,7 +468,7 @@ def test_the_deep_checks_hold_on_a_clean_stage(name: str, tiny_run: Path, tiny_r
 def test_deep_finds_what_moves_without_a_learning_rate(
     tiny_run: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = worker.built
+    original = assemble.assembled
 
     class Decay(TrainerCallback):
         """Weight decay outside the optimizer."""
@@ -482,7 +482,7 @@ def test_deep_finds_what_moves_without_a_learning_rate(
         trainer.add_callback(Decay())
         return ctx, trainer
 
-    monkeypatch.setattr(worker, "built", built)
+    monkeypatch.setattr(assemble, "assembled", built)
     outcome = deep.check_stage(planned(tiny_recipe("sft", sft={"model": str(tiny_run / "base")}), tmp_path, "sft"))
     assert "changed 1 of " in outcome.broken["learning-rate-zero"]
     assert "model.norm.weight" in outcome.broken["learning-rate-zero"]
