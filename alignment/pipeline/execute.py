@@ -126,6 +126,11 @@ def execute(request: Request, say: Say) -> dict[str, Any]:
             result = _stage(request, name, say)
             summary["stages"][name] = result
             ran = ran or result["ran"]
+            left = [other for other in names[names.index(name) + 1 :] if plans[other].status != "done"]
+            if result["status"] == "done" and not left:
+                result["code"] = int(ExitCode.DONE)  # a signal that found nothing more to stop
+            elif result["status"] == "done" and result["code"] != ExitCode.DONE:
+                say(f"stopped before {left[0]}; the same command goes on")
             if result["code"] != ExitCode.DONE:
                 summary["code"] = result["code"]
                 break

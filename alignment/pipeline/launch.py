@@ -157,7 +157,8 @@ def run_stage(
 ) -> int:
     """Run one planned stage through its launcher and return its exit code; what the worker could not say, `say` gets.
 
-    A signal to this process ends in 85 however the worker took it: saved, killed before it could, or done just then.
+    A signal to this process ends in 85 however the worker took it: saved, killed before it could, or done just then,
+    which says that it is time to stop.
 
     Args:
         output: a file that takes what the worker prints; without it, it goes where ours goes.
@@ -166,7 +167,8 @@ def run_stage(
     code, message = outcome(spec)
     spoke = last_word(spec) is not None
     if ended.stopped_by is not None and (code == ExitCode.DONE or not spoke):
-        say(f"stopped by {ended.stopped_by.name}; the same command goes on")
+        if not spoke:
+            say(f"stopped by {ended.stopped_by.name}; the same command goes on")
         return int(ExitCode.PREEMPTED)
     if not spoke:
         say(message)

@@ -14,6 +14,8 @@ import socket
 import time
 import traceback
 
+import torch
+
 from alignment.pipeline.plan import StageSpec
 from alignment.pipeline.runs import read_status
 from alignment.training.arguments import is_main, world_size
@@ -35,7 +37,8 @@ _FROM_TRANSPORT = re.compile(r"gloo|nccl|tcpstore|c10d|distributed|socket|peer",
 def lost_contact(error: BaseException) -> bool:
     """Whether an error of a collective says that another rank is gone."""
     text = str(error)
-    return isinstance(error, RuntimeError) and bool(_GONE.search(text)) and bool(_FROM_TRANSPORT.search(text))
+    transport = isinstance(error, torch.distributed.DistNetworkError) or _FROM_TRANSPORT.search(text)
+    return isinstance(error, RuntimeError) and bool(_GONE.search(text)) and bool(transport)
 
 
 def consequence(spec: StageSpec, error: BaseException) -> bool:

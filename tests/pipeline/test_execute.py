@@ -212,6 +212,10 @@ def test_a_signal_at_the_last_moment_starts_no_further_stage(
     code, out, _, ran = alignment()
     assert (code, ran) == (85, ["sft"])
     assert "sft (sft on base): done after" in out
+    assert "stopped before dpo; the same command goes on" in out
+    code, out, _, ran = alignment("--until", "dpo")
+    assert (code, ran) == (0, ["dpo"])  # nothing more was asked for: there is nothing to start again
+    assert "stopped" not in out
     monkeypatch.undo()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from alignment.errors import ExitCode
@@ -62,6 +63,14 @@ def test_what_a_gone_partner_leaves_is_a_consequence(
     note = (spec.output / failing.LOST_LOG).read_text()
     assert f"rank 1 on {HOST}, attempt now" in note
     assert text in note
+
+
+def test_the_store_of_a_gone_rank_says_no_more_than_its_type() -> None:
+    """Rank 0 keeps the store at which the others wait; where it left for a full disk, they fail of that."""
+    text = "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+    assert failing.lost_contact(torch.distributed.DistNetworkError(text))
+    assert not failing.lost_contact(RuntimeError(text))  # a reward function's own connection
+    assert not failing.lost_contact(torch.distributed.DistNetworkError("The client socket has timed out"))
 
 
 @pytest.mark.parametrize("text", OWN)
