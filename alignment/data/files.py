@@ -82,10 +82,10 @@ def read_file(path: Path) -> Iterator[Record]:
         if _state(path) != before:
             raise DataError(f"{name}: changed while it was read; start again when nothing writes to it")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{name}: damaged gzip file: {error}") from None
+        raise DataError(f"{name}: damaged gzip file: {error}; fetch or pack it again") from None
     except OSError as error:
         if path.suffix == ".zst" and error.errno is None:  # pyarrow's, without a number
-            raise DataError(f"{name}: damaged zstd file: {error}") from None
+            raise DataError(f"{name}: damaged zstd file: {error}; fetch or pack it again") from None
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
@@ -123,7 +123,10 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     while line := stream.readline(LINE_LIMIT + 1):
         number += 1
         if len(line) > LINE_LIMIT:
-            raise DataError(f"{name}:{number}: line of more than {LINE_LIMIT // 2**20} MiB")
+            raise DataError(
+                f"{name}:{number}: line of more than {LINE_LIMIT // 2**20} MiB; one line is one row (an array of rows "
+                "is a .json file)"
+            )
         if number == 1:
             _refuse_utf16(line, name)
             line = line.removeprefix(MARK)
@@ -139,7 +142,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8 at byte {error.start + 1}") from None
+        raise DataError(f"{where}: invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,17 +157,26 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def _what(error: json.JSONDecodeError) -> str:
+    """What is wrong, before ` at column 3`: some of the decoder's messages end with a word for that."""
+    return error.msg.removesuffix(" starting at").removesuffix(" at")
+
+
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _parse(text: str, where: str) -> Any:
-    """Parse one line of JSON; an error names the column."""
+def _parse(line: str, where: str) -> Any:
+    """Parse one line of JSON, its end included; an error names the column."""
+    text = line.rstrip("\r\n")
     try:
         return _JSON.decode(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("\0"):
-            raise DataError(f"{where}: NUL bytes where JSON belongs: the file was not written to its end") from None
-        raise DataError(f"{where}: invalid JSON: {error.msg} at column {error.colno}") from None
+            raise DataError(
+                f"{where}: NUL bytes where JSON belongs: the file was not written to its end; write or fetch it again"
+            ) from None
+        cut = "" if text != line else "; the file ends in this line: was it cut?"
+        raise DataError(f"{where}: invalid JSON: {_what(error)} at column {error.colno}{cut}") from None
     except RecursionError:
         raise DataError(f"{where}: invalid JSON: nested too deeply") from None
     except ValueError as error:
@@ -180,7 +192,7 @@ def _object(value: Any, where: str) -> Record:
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[Record]:
     for number, line in _lines(stream, name):
         if line.strip():
-            yield _object(_parse(line.rstrip("\r\n"), f"{name}:{number}"), f"{name}:{number}")
+            yield _object(_parse(line, f"{name}:{number}"), f"{name}:{number}")
 
 
 # --- an array of objects --------------------------------------------------------------------------------------------
@@ -211,7 +223,7 @@ class _Array:
             number = self._lines + before.count(b"\n")
             start = self._bytes + len(data) - len(error.object) - self._line_start  # within its line
             byte = len(before) - before.rfind(b"\n") if number > self._lines else start + len(before) + 1
-            raise DataError(f"{self.name}:{number}: invalid UTF-8 at byte {byte}") from None
+            raise DataError(f"{self.name}:{number}: invalid UTF-8 at byte {byte}; save the file as UTF-8") from None
         if b"\n" in data:
             self._lines += data.count(b"\n")
             self._line_start = self._bytes + data.rfind(b"\n") + 1
@@ -258,10 +270,10 @@ class _Array:
                 if not self.ended:
                     raise DataError(
                         f"{self.name}:{self.line}: an object of more than {LINE_LIMIT // 2**20} MiB, or invalid JSON: "
-                        f"{error.msg}"
+                        f"{_what(error)}"
                     ) from None
                 self.skip(error.pos)
-                raise self.fail(error.msg) from None
+                raise self.fail(_what(error)) from None
             except RecursionError:
                 raise DataError(f"{self.name}:{self.line}: invalid JSON: nested too deeply") from None
             except ValueError as error:
@@ -306,11 +318,14 @@ def _read_csv(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Record]:
                     raise DataError(f"{name}:{start}: duplicate column in the header: {', '.join(header)}")
             elif fields and header is not None:
                 if len(fields) != len(header):
-                    raise DataError(f"{name}:{start}: {len(fields)} fields, the header has {len(header)}")
+                    raise DataError(
+                        f"{name}:{start}: {len(fields)} fields, the header has {len(header)}; quote the fields that "
+                        "hold a delimiter or a line end"
+                    )
                 yield Record({key: _cell(cell) for key, cell in zip(header, fields, strict=True)}, f"{name}:{start}")
             start = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{name}:{start}: invalid CSV: {error}") from None
+        raise DataError(f"{name}:{start}: invalid CSV: {error}; is a quotation mark open?") from None
 
 
 def _cell(text: str) -> Any:
@@ -335,4 +350,6 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
                     yield Record(value, f"{name}[{index}]")
                     index += 1
     except pyarrow.ArrowException as error:
-        raise DataError(f"{name}: damaged Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(
+            f"{name}: damaged Parquet file: {str(error).splitlines()[0]}; fetch or write it again"
+        ) from None
