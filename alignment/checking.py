@@ -58,6 +58,8 @@ def check(recipe: Recipe, *, quick: bool, names: Sequence[str] | None = None) ->
         _check_files(name, stage, found)
         for place, source, schema in _sources(name, stage):
             _check_head(place, source, schema, found)
+        for place, source in _against(recipe, name):
+            _check_there(place, source, found)
     if quick:
         found.unchecked.append("rows beyond the first of each file, and the templates: leave out --quick")
     elif not found.problems:
@@ -91,12 +93,25 @@ def missing_files(recipe: Recipe, names: Sequence[str]) -> list[str]:
     for name in names:
         stage = resolve(recipe, name)
         _check_files(name, stage, found)
-        for place, source, _ in _sources(name, stage):
-            try:
-                sources.find_files(source)
-            except UserError as error:
-                found.problem(f"{place}.path", error)
+        named = [*((place, source) for place, source, _ in _sources(name, stage)), *_against(recipe, name)]
+        for place, source in named:
+            _check_there(place, source, found)
     return found.problems
+
+
+def _check_there(place: str, source: Source, found: Findings) -> None:
+    """The local files of a source are there."""
+    try:
+        sources.find_files(source)
+    except UserError as error:
+        found.problem(f"{place}.path", error)
+
+
+def _against(recipe: Recipe, name: str) -> Iterator[tuple[str, Source]]:
+    """The evaluation sets that a stage itself names, which may be of any format, with their places in the recipe."""
+    data = recipe.stages[name].data
+    for index, source in enumerate(data.against if data is not None else ()):
+        yield f"stages.{name}.data.against[{index}]", source
 
 
 def _sources(name: str, stage: Stage) -> Iterator[tuple[str, Source, Schema]]:

@@ -110,9 +110,6 @@ def subjects(recipe: Recipe, names: Sequence[str], *, strict: bool, against: Seq
     from alignment.data.report import Subject
 
     tokenizers = Tokenizers(recipe)
-    sets = list(against)
-    for stage in recipe.stages.values():
-        sets += [source for key in ("prompts", "pairs") for source in getattr(stage, key) or () if source not in sets]
     for name in names:
         resolved = resolve(recipe, name)
         data, schema = resolved.data, ALGORITHMS[resolved.algorithm].schema
@@ -122,6 +119,7 @@ def subjects(recipe: Recipe, names: Sequence[str], *, strict: bool, against: Seq
             tokenizer = tokenizers.of(name)
         except UserError as error:
             why = str(error)
+        sets = [*against, *(source for source in data.against if source not in against)]
         yield Subject(
             name=name, schema=schema, stage=resolved, against=sets, strict=strict or data.strict, tokenizer=tokenizer,
             why_no_tokens=why, max_length=max_length(resolved),

@@ -68,12 +68,12 @@ def file_key(data: Data, settings: Settings, tokenizer_digest: str, cache: Path)
     if data.augment:
         return None
     try:
-        sources = [[_source(source, cache) for source in part] for part in (data.train, data.eval)]
+        sources = [[_source(source, cache) for source in part] for part in (data.train, data.eval, data.watched)]
     except (DataError, StorageError, OSError):  # said where the rows are read
         return None
     if any(source is None for part in sources for source in part):
         return None
-    rest = data.model_dump(mode="json", exclude={"train", "eval"})
+    rest = data.model_dump(mode="json", exclude={"train", "eval", "against"})
     parts = [CODE_VERSION, _code(), asdict(settings), tokenizer_digest, sources, rest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -12,8 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignment.data.checks import REASONS
 from alignment.recipe.schema import DataLimits
 
+# Every check that may be found beside the reasons for dropping rows (`checks.REASONS`). The report, `data.limits`, and
+# the table in recipes/README.md use these words.
+CHECKS: tuple[str, ...] = (
+    "dropped",
+    "duplicate", "near-duplicate", "leak", "leak-ngram", "contaminated",
+    "control-character", "damaged-text", "special-token-in-content", "tool-call-without-answer", "secret",
+    "personal-data",
+    "near-equal-answers", "contradictory", "negative-margin", "zero-margin", "length-bias", "separable",
+    "first-words-bias", "formatting-bias",
+    "truncated", "unstopped", "untrained", "double-bos", "prompt-boundary", "template-proof",
+)  # fmt: skip
 Limit = Callable[[str], float | None]  # the largest share that `data.limits` allows a check
 PLACES = 20  # rows that a finding names; its count is of all
 Z = 1.959964  # two-sided 95 %
@@ -24,7 +36,7 @@ class Finding:
     """What one check saw.
 
     Attributes:
-        check: its stable name.
+        check: its stable name, one of `CHECKS` or of `checks.REASONS`.
         count: rows (or what `unit` says) that it saw.
         total: of how many.
         says: one sentence for a person; it quotes no row.
@@ -42,6 +54,9 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
     limit: float | None = None
     value: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.check in CHECKS or self.check in REASONS, self.check
 
     @property
     def share(self) -> float:

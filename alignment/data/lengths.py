@@ -5,7 +5,6 @@ The table is the one that training reads (see `tokens`); it is gone through in b
 
 from __future__ import annotations
 
-import unicodedata
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from alignment.data import languages
 from alignment.data.findings import PLACES, Finding, Limit
 from alignment.data.templates import tokenize
 from alignment.data.tokens import ANSWERS, BATCH, IGNORED
 
 GROUP = 50  # batches that Transformers sorts together for `group_by_length`
-SAMPLE = 1000  # texts whose tokens are counted by script
-SCRIPTS = {"CJK": "Han", "HIRAGANA": "Kana", "KATAKANA": "Kana"}
+RARE = 0.01  # share of the characters below which a language is one of the others
+OTHERS, UNCLEAR = "others", "unclear"  # the latter: too short to tell, or no language
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Sizes = np.ndarray[Any, np.dtype[np.int32]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -177,28 +177,23 @@ def packed(lengths: Iterable[int], size: int) -> int:
     return total
 
 
-def script(text: str) -> str:
-    """The script that most letters of the beginning of a text belong to."""
-    if text.isascii():
-        return "Latin"
-    found: Counter[str] = Counter()
-    for character in text[:500]:
-        if character.isalpha():
-            name = unicodedata.name(character, "other").split()[0]
-            found[SCRIPTS.get(name, name.capitalize())] += 1
-    return found.most_common(1)[0][0] if found else "none"
+def per_character(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Tokens per character of the texts of some rows, by language, the one with most characters first.
 
-
-def per_character(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, float]:
-    """Tokens per character of a sample of texts, by script."""
-    step = max(1, len(texts) // SAMPLE)
-    sample = [text for text in texts[::step] if text]
+    Languages of less than a hundredth of the characters are counted together: of that few, some are wrongly found.
+    """
+    texts = [text for row in rows for text in row if text]
     tokens: Counter[str] = Counter()
     characters: Counter[str] = Counter()
-    for text, encoding in zip(sample, tokenize(tokenizer, sample), strict=True):
-        tokens[script(text)] += len(encoding.ids)
-        characters[script(text)] += len(text)
-    return {name: tokens[name] / characters[name] for name, _ in characters.most_common()}
+    for text, encoding in zip(texts, tokenize(tokenizer, texts), strict=True):
+        language = languages.of(text) or UNCLEAR
+        tokens[language] += len(encoding.ids)
+        characters[language] += len(text)
+    for language in [name for name, count in characters.items() if count < RARE * characters.total()]:
+        for counter in (tokens, characters):
+            counter[OTHERS] += counter.pop(language)
+    rates = {name: tokens[name] / count for name, count in characters.most_common()}
+    return {"rows": len(rows), "languages": rates}
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------

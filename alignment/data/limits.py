@@ -1,8 +1,7 @@
 """`data.limits` before the first step: what `alignment data check` fails on stops a run too, with the same line.
 
-All limits are held against the rows and tokens that will be trained on, but for `contaminated`: the evaluation sets are
-those of other stages, which one stage does not know. The look at the text costs about a third of what tokenizing costs,
-and is spared where the files were looked at before (`cache.py`).
+All limits are held against the rows and tokens that will be trained on. The look at the text costs about a third of
+what tokenizing costs, and is spared where the files were looked at before (`cache.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from alignment.data.prepare import Splits
 
 OF_TOKENS = ("truncated", "unstopped")  # the limits that hold for the token table; the others are of the text
-ELSEWHERE = ("dropped", "contaminated")  # enforced while rows are dropped; not known to a stage
+ELSEWHERE = ("dropped",)  # enforced while rows are dropped
 
 Say = Callable[[str], None]
 
@@ -41,7 +40,7 @@ def enforce(
     Raises:
         DataError: one line with every limit that is passed, and where.
     """
-    from alignment.data import texts
+    from alignment.data import contamination, texts
 
     limit = limit_of(data.limits)
     wanted = {name for name, value in data.limits.model_dump().items() if value is not None} - set(ELSEWHERE)
@@ -49,7 +48,10 @@ def enforce(
     found: list[Finding] = []
     if wanted - set(OF_TOKENS):
         held = texts.Loaded(*splits["eval"]) if "eval" in splits else None
-        found += texts.read(settings.schema, train, held, [], limit, tokens=False).findings
+        watches = contamination.watches(data.watched, say)
+        found += texts.read(settings.schema, train, held, watches, limit, tokens=False).findings
+        for watch in watches:
+            found += contamination.finding(watch, limit)
     if wanted & set(OF_TOKENS):
         counts = lengths.count(table, stops(tokenizer, settings.schema), bos(tokenizer))
         found += lengths.findings(counts, settings.schema, train.where, limit)

@@ -10,6 +10,7 @@ from typing import Any
 from alignment.data.findings import line
 
 WIDTH = 110
+LANGUAGES = 5  # that are printed; JSON has more
 SHOWN = 4  # places of a finding that are printed; JSON has more
 
 
@@ -122,8 +123,9 @@ def _token_text(tokens: Mapping[str, Any], max_length: int | None) -> Iterator[s
             f"packing into {packing['blocks']:,} blocks of {packing['of']:,} fills "
             f"{_percent(packing['filled'])}, {gain}"
         )
-    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in list(tokens["per_character"].items())[:5])
-    yield "; ".join([*costs, f"tokens per character: {rates}"])
+    found = tokens["per_character"]
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in list(found["languages"].items())[:LANGUAGES])
+    yield "; ".join([*costs, f"tokens per character (of {found['rows']:,} rows): {rates}"])
 
 
 def _proof_text(proof: Mapping[str, Any]) -> str:

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data import cache as tables
 from alignment.data import limits as bounds
-from alignment.data import sources, templates
+from alignment.data import templates
 from alignment.data.checks import EXAMPLES
+from alignment.data.holdout import hold_out
 from alignment.data.loading import Loading, load
 from alignment.data.remedies import Account, Found, Rows, augmented
 from alignment.data.spool import View
@@ -111,7 +112,7 @@ def prepare(
 
     splits = load_splits(data, Loading(schema, stage.seed, data.strict, data.limits, tell, data))
     made = _tabled(splits, data, settings, tokenizer, digest, cache, say)
-    bounds.enforce(splits, made.train, made.report["train"], data, settings, tokenizer, say)
+    bounds.enforce(splits, made.train, made.report["train"], data, settings, tokenizer, tell)
     if key is not None and key == tables.file_key(data, settings, digest, cache):  # nothing was written meanwhile
         tables.remember(key, cache, {"report": made.report, "said": said})
     return made
@@ -167,11 +168,11 @@ def load_splits(data: Data, how: Loading) -> Splits:
     if data.eval:
         splits["eval"] = load(data.eval, replace(how, held_out=True))
     elif data.eval_fraction is not None:
-        held = sources.held_out(len(rows), data.eval_fraction, how.seed)
+        held = hold_out(rows, data.eval_fraction, how.seed)
         copies = [Account(account.source, account.format, account.rows_in) for account in accounts]
-        splits = {"train": (rows.pick(np.delete(np.arange(len(rows)), held)), accounts)}
-        splits["eval"] = (rows.pick(held), copies)
-        how.say(f"held out {len(held):,} of {len(rows):,} rows for evaluation (data.eval_fraction)")
+        splits = {"train": (rows.pick(np.delete(np.arange(len(rows)), held.places)), accounts)}
+        splits["eval"] = (rows.pick(held.places), copies)
+        how.say(held.says)
     if data.augment:
         before, accounts = splits["train"]
         after = augmented(before, data.augment, how.schema, accounts)

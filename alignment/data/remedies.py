@@ -9,6 +9,7 @@ alone; `augment` comes after `eval_fraction` has taken its rows, so that no copy
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -269,15 +270,25 @@ def _value(found: Found, name: str) -> str:
     return json.dumps(found.columns.get(name), sort_keys=True, default=str)
 
 
+def asked(row: Row) -> list[Message]:
+    """The turns of a conversation that stand before the first answer."""
+    if "prompt" in row:
+        return list(row["prompt"])
+    turns: list[Message] = row["messages"]
+    return list(itertools.takewhile(lambda turn: turn["role"] != "assistant", turns))
+
+
+def shown(row: Row) -> list[str]:
+    """The texts of a row that an answer is given to; of a document all of it."""
+    return [row["text"]] if "text" in row else [turn["content"] for turn in asked(row)]
+
+
 def prompt_of(found: Found) -> str:
     """What stands before the first answer, as one text."""
     row = found.row
     if "text" in row:
         return str(row["text"])
-    turns = row["prompt"] if "prompt" in row else row["messages"]
-    first = next((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-    shown = turns if "prompt" in row else turns[:first]
-    return json.dumps([[turn["role"], turn["content"].strip()] for turn in shown])
+    return json.dumps([[turn["role"], turn["content"].strip()] for turn in asked(row)])
 
 
 def _content(found: Found) -> str:

@@ -22,21 +22,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data import content, lengths, limits, proof, sources, texts
-from alignment.data.checks import EXAMPLES, REASONS, Defect
-from alignment.data.duplicates import Watch, Watched
+from alignment.data import contamination, content, lengths, limits, proof, sources, texts
+from alignment.data.checks import EXAMPLES, REASONS
 from alignment.data.findings import PLACES, Finding, Limit, limit_of
 from alignment.data.loading import Loading
-from alignment.data.opened import open_source, rows_of
 from alignment.data.prepare import Prepared, Splits, load_splits, prepare
 from alignment.data.remedies import TAKEN
 from alignment.data.texts import Loaded
 from alignment.data.tokens import Settings
-from alignment.data.words import NGRAM
-from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
-from alignment.recipe.described import described
 from alignment.recipe.schema import Data, DataLimits, Source, Stage
+
+SAMPLE = 500  # rows, drawn with the seed, whose tokens are counted by language
 
 Say = Callable[[str], None]
 
@@ -121,7 +118,7 @@ def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
     splits = _splits(subject.data, subject.schema, subject.seed, say)
     train, held = Loaded(*splits["train"]), Loaded(*splits["eval"]) if "eval" in splits else None
     report: dict[str, Any] = {"stage": subject.name, "schema": subject.schema, "sources": [], "findings": []}
-    watches = [Watch(_watched(source)) for source in subject.against]
+    watches = [contamination.watch(source) for source in subject.against]
     text = texts.read(
         subject.schema, train, held, watches, subject.limit, tokens=subject.tokenizer is None
     )  # fmt: skip
@@ -129,7 +126,7 @@ def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
     if text.pairs is not None:
         report["pairs"] = text.pairs
     for watch in watches:
-        found += _contamination(subject, watch)
+        found += contamination.finding(watch, subject.limit)
     kept = np.bincount(train.found.sources, minlength=len(train.accounts)).tolist()
     if subject.tokenizer is not None:
         found += _proof(subject, train, report)
@@ -144,55 +141,6 @@ def examine(subject: Subject, *, cache: Path, say: Say) -> dict[str, Any]:
     report["limits_passed"] = [finding.check for finding in found if finding.passed_limit]
     report["seconds"] = round(time.monotonic() - started, 2)
     return report
-
-
-def _watched(wanted: Source) -> Watched:
-    """The texts of an evaluation set, one row for each record."""
-    where, rows = [], []
-    for place, said in _records(wanted):
-        where.append(place)
-        rows.append([text for text in dict.fromkeys(said) if text])
-    return Watched.of(sources.identity(described(wanted)), where, rows)
-
-
-def _records(wanted: Source) -> Iterator[tuple[str, Iterator[str]]]:
-    """Where each record stands, and its texts: turn by turn where it is of a known format, as they are where not."""
-    wanted = described(wanted).model_copy(update={"pairs": "all"})  # every answer of several
-    try:
-        opened = open_source(wanted, None)
-    except DataError:  # of no known format, which an evaluation set may be; what cannot be read is refused here:
-        for record in sources.read(wanted):
-            yield record.where, _asked(sources.adapt(record.value, wanted))
-        return
-    for record in opened.records:
-        try:
-            yield record.where, _asked(rows_of(record, opened))
-        except Defect:
-            yield record.where, _asked(record.value)
-
-
-def _asked(value: Any) -> Iterator[str]:
-    """Every text of a record but its system turns, which evaluation and training may well share."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict) and "system" not in (value.get("role"), value.get("from")):
-        for name, item in value.items():
-            if name not in ("role", "from", "system"):
-                yield from _asked(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _asked(item)
-
-
-def _contamination(subject: Subject, watch: Watch) -> Iterator[Finding]:
-    known, some = watch.known()
-    if some:
-        says = (
-            f"of {watch.watched.name} are in the training rows: half or more of their runs of {NGRAM} words, or "
-            f"all of a shorter text; {some:,} share at least one run"
-        )
-        yield Finding("contaminated", len(known), len(watch.watched.where), says, tuple(known[:PLACES]),
-                      {"set": watch.watched.name, "any": some}, subject.limit("contaminated"))  # fmt: skip
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -228,9 +176,9 @@ def _tokens(
             continue
         counts = lengths.count(table, limits.stops(subject.tokenizer, subject.schema), limits.bos(subject.tokenizer))
         report["tokens"][name] = _token_summary(subject, counts, made.report[name])
+        drawn = sources.take(range(len(loaded.rows)), SAMPLE, subject.seed, "languages", name)
         report["tokens"][name]["per_character"] = lengths.per_character(
-            subject.tokenizer,
-            [text for row in loaded.rows[:: max(1, len(loaded.rows) // 500)] for text in content.texts(row)],
+            subject.tokenizer, [content.texts(loaded.rows[index]) for index in drawn]
         )
         if name == "train":
             yield from lengths.findings(counts, subject.schema, loaded.where, subject.limit)

@@ -143,14 +143,6 @@ def mix(parts: Sequence[Sequence[T]], weights: Sequence[float | None], seed: int
     return [take(parts[index], count, seed, "mixture", index) for index, count in enumerate(counts)]
 
 
-def held_out(count: int, fraction: float, seed: int) -> list[int]:
-    """The places of the rows, of `count`, that a seeded draw holds out: `fraction` of them, at least one."""
-    wanted = max(1, round(fraction * count))
-    if wanted >= count:
-        raise DataError(f"data.eval_fraction {fraction} of {count} rows leaves nothing to train on")
-    return sorted(generator(seed, "eval").sample(range(count), wanted))
-
-
 def rename(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """A record under our column names; `columns` maps our name to the file's."""
     if not columns:

@@ -134,7 +134,8 @@ def _data(data: Data, hash_of: HashOf) -> dict[str, Any]:
         content["eval"] = [_source(source, hash_of) for source in data.eval]
     if data.eval_fraction is not None:
         content["eval_fraction"] = data.eval_fraction
-    known = ("train", "eval", "eval_fraction", "limits", "strict")
+        content["held_out_by"] = "prompt"  # the rule: rows of one prompt are never parted
+    known = ("train", "eval", "eval_fraction", "against", "limits", "strict")
     remedies = data.model_dump(exclude={*known, "on_overlong", "augment"}, exclude_defaults=True)
     if data.augment:
         remedies["augment"] = [_function(hook, hash_of) for hook in data.augment]

@@ -22,11 +22,12 @@ def locate(stage: Resolved) -> Resolved:
 
     content = plain(stage)
     data = content.get("data", {})
-    for rows in (data.get("train", []), data.get("eval", []), content.get("prompts", []), content.get("pairs", [])):
+    of_data = [data.get(name, []) for name in ("train", "eval", "against")]
+    listed = [*of_data, content.get("prompts", []), content.get("pairs", [])]
+    for rows in listed:
         # What is hashed and read is the data set, not the file of another tool that describes it.
         rows[:] = [_dumped(described(Source.model_validate(source))) for source in rows]
-    for holder in (*data.get("train", ()), *data.get("eval", ()), *content.get("prompts", ()),
-                   *content.get("pairs", ()), content.get("model", {}),
+    for holder in (*(source for rows in listed for source in rows), content.get("model", {}),
                    content.get("model", {}).get("init", {}).get("tokenizer", {})):  # fmt: skip
         if "path" in holder:
             holder["path"] = absolute(holder["path"])

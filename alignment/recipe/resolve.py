@@ -9,7 +9,7 @@ from alignment.errors import RecipeError
 from alignment.recipe.algorithms import ALGORITHMS, OWNED
 from alignment.recipe.launching import Slurm
 from alignment.recipe.problems import did_you_mean
-from alignment.recipe.schema import Launch, Recipe, Resolved, Section, Stage, linked
+from alignment.recipe.schema import Data, Launch, Recipe, Resolved, Section, Source, Stage, linked
 from alignment.recipe.upstream import UNKNOWN, fields
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -34,7 +34,7 @@ def resolve(recipe: Recipe, name: str) -> Resolved:
     takes_model = row is None or "model" in row.sections
     launch = _inherit(stage.launch, recipe.launch)
     own = {key: getattr(stage, key) for key in stage.model_fields_set}
-    inherited = {
+    inherited: dict[str, Any] = {
         "model": (stage.model or recipe.model) if takes_model else stage.model,
         "seed": recipe.seed if stage.seed is None else stage.seed,
         "precision": _inherit(stage.precision, recipe.precision),
@@ -43,7 +43,17 @@ def resolve(recipe: Recipe, name: str) -> Resolved:
         "checkpoints": _inherit(stage.checkpoints, recipe.checkpoints),
         "report_to": recipe.report_to if stage.report_to is None else stage.report_to,
     }
+    if stage.data is not None:
+        inherited["data"] = stage.data.model_copy(update={"against": _evaluated(recipe, stage.data)})
     return Resolved(**own | inherited)
+
+
+def _evaluated(recipe: Recipe, data: Data) -> list[Source]:
+    """The evaluation sets that a stage names, and those of the stages that evaluate."""
+    found = list(data.against)
+    for stage in recipe.stages.values():
+        found += [source for source in (*(stage.prompts or ()), *(stage.pairs or ())) if source not in found]
+    return found
 
 
 def _inherit(own: AnySection | None, general: AnySection) -> AnySection:

@@ -254,7 +254,7 @@ class Data(Section):
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[Source] = Field(default_factory=list)
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
-        default=None, description="held out of `train` with the recipe's seed, where there is no `eval`"
+        default=None, description="held out of `train` with the recipe's seed, by prompt, where there is no `eval`"
     )
     on_overlong: Literal["drop", "truncate_left", "truncate_right", "error"] = Field(
         default="drop", description="what happens to rows longer than train.max_length"
@@ -281,8 +281,17 @@ class Data(Section):
         description="functions (pkg.mod:fn, path/file.py:fn) that make of a row the list of rows to train on, in this "
         "order",
     )
+    against: list[Source] = Field(
+        default_factory=list,
+        description="evaluation sets that must not be trained on; those of the recipe's evaluate stages are added",
+    )
     limits: ReportLimits = Field(default_factory=lambda: ReportLimits())
     strict: bool = Field(default=False, description="stop at the first defective row")
+
+    @property
+    def watched(self) -> list[Source]:
+        """The evaluation sets that a run looks for: none where `limits.contaminated` is null."""
+        return self.against if self.limits.contaminated is not None else []
 
     @model_validator(mode="after")
     def _one_eval(self) -> Data:

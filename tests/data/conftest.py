@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.data import templates
 from alignment.recipe.schema import Stage
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the tests find made_rows.py
 
 CORPUS = [
     "What is the capital of France? The capital of France is Paris.",

@@ -7,19 +7,18 @@ import random
 from collections import Counter
 from typing import Any
 
+import made_rows
 import numpy as np
 import pytest
+from made_rows import talk
 
 from alignment.data import content, duplicates, pairs, words
 from alignment.data.duplicates import Memory, Watch, Watched
 from alignment.data.findings import Finding, Seen, wilson
 
-VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in ("n", "s", "t", "rk", "lm", "nd")]
-
 
 def prose(seed: int, count: int = 40) -> str:
-    """Made-up words without meaning, the same for a seed."""
-    return " ".join(random.Random(seed).choices(VOCABULARY, k=count))
+    return made_rows.prose(seed, count)
 
 
 def user(text: str) -> dict[str, Any]:
@@ -28,10 +27,6 @@ def user(text: str) -> dict[str, Any]:
 
 def assistant(text: str, **keys: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **keys}
-
-
-def talk(*texts: str) -> dict[str, Any]:
-    return {"messages": [(assistant if index % 2 else user)(text) for index, text in enumerate(texts)]}
 
 
 def pair(prompt: str, chosen: str, rejected: str, **columns: Any) -> dict[str, Any]:
@@ -187,8 +182,8 @@ def test_grams_stay_inside_a_text_and_equal_an_oracle() -> None:
 def test_signatures_estimate_the_jaccard_similarity() -> None:
     """Against the exact similarity of the sets of shingles, within four standard errors."""
     for seed, kept in ((1, 0), (2, 50), (3, 80), (4, 100)):
-        first = random.Random(seed).choices(VOCABULARY, k=100)
-        second = first[:kept] + random.Random(seed + 99).choices(VOCABULARY, k=100 - kept)
+        first = random.Random(seed).choices(made_rows.WORDS, k=100)
+        second = first[:kept] + random.Random(seed + 99).choices(made_rows.WORDS, k=100 - kept)
         sets = [{tuple(side[i : i + 3]) for i in range(98)} for side in (first, second)]
         exact = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         signatures, _ = words.signatures(words.hashed([[[" ".join(first)], [" ".join(second)]]]), 2)

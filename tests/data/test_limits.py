@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_rows import pair, prose
 from transformers import PreTrainedTokenizerFast
 
 from alignment import cli
@@ -20,15 +20,6 @@ from alignment.recipe.schema import DataLimits, ReportLimits, Stage
 
 Tokenizer = PreTrainedTokenizerFast
 Lines = Callable[..., Path]
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in ("n", "s", "t", "rk", "lm", "nd")]
-
-
-def prose(seed: int, count: int = 30) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=count))
-
-
-def pair(seed: int, **columns: Any) -> dict[str, Any]:
-    return {"prompt": prose(3 * seed), "chosen": prose(3 * seed + 1), "rejected": prose(3 * seed + 2), **columns}
 
 
 def clean() -> list[dict[str, Any]]:
@@ -129,10 +120,104 @@ def test_several_limits_are_one_line(run: Any, lines: Lines) -> None:
 def test_every_limit_is_enforced_or_known_not_to_be() -> None:
     from alignment.data.limits import ELSEWHERE, OF_TOKENS
 
-    of_text = {"duplicate", "near_duplicate", "leak", "contradictory", "secret", "personal_data", "separable",
-               "length_bias"}  # fmt: skip
+    of_text = {"duplicate", "near_duplicate", "leak", "contaminated", "contradictory", "secret", "personal_data",
+               "separable", "length_bias"}  # fmt: skip
     assert of_text | {*OF_TOKENS, *ELSEWHERE} == set(ReportLimits.model_fields)
     assert set(DataLimits.model_fields) <= set(ELSEWHERE)
+
+
+# --- the recipe's evaluation sets -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_policy: Path) -> Callable[..., Path]:
+    """A recipe that trains on one file and evaluates on others."""
+
+    def write(train: Path, *, prompts: str, pairs: str = "", data: str = "") -> Path:
+        path = tmp_path / "recipe.yaml"
+        scored = f"    scorers: [stage:reward]\n    pairs: [{pairs}]\n" if pairs else ""
+        path.write_text(
+            f"name: x\nchat_template: chatml\nmodel: {tiny_policy}\nstages:\n  reward:\n    algorithm: reward\n"
+            f"    data: {{train: [{{path: {train}}}]{data}}}\n    train: {{max_length: 1024}}\n"
+            f"  evaluate:\n    algorithm: evaluate\n    models: [{tiny_policy}]\n    prompts: [{prompts}]\n"
+            f"    rewards: [{{name: a, regex: a}}]\n{scored}"
+        )
+        return path
+
+    return write
+
+
+def test_a_run_refuses_rows_of_the_evaluation_sets_that_the_recipe_names(
+    recipe: Any, lines: Lines, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = lines(
+        [{"prompt": pair(5)["prompt"]}, *({"prompt": prose(seed)} for seed in range(5000, 5009))], "ask.jsonl"
+    )
+    held = lines([pair(7), pair(901)], "held.jsonl")
+    path = recipe(lines(clean()), prompts=f"{{path: {asked}}}", pairs=f"{{path: {held}}}")
+    runs = ["--runs", str(tmp_path / "runs")]
+    said = [
+        f"contaminated: {share} of {file} are in the training rows: half or more of their runs of 13 words, or all of "
+        f"a shorter text; 1 share at least one run. LIMIT PASSED (data.limits.contaminated: 0.01) ({file}:1)"
+        for share, file in (("1 (10.0 %)", asked), ("1 (50.0 %)", held))
+    ]
+    remedy = "mend the data (`alignment data check` says more), or raise the limit"
+    assert cli.main(["data", "prepare", str(path), *runs]) == 2
+    assert capsys.readouterr().err == f"alignment: stages.reward: {'; '.join(said)}; {remedy}\n"
+    assert cli.main(["data", "check", str(path), *runs]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(line.removeprefix("contaminated: ").rpartition(" (/")[0] in printed for line in said)
+    for limit in ("0.5", "null"):
+        assert cli.main(["data", "prepare", str(path), *runs, "--set",
+                         f"stages.reward.data.limits.contaminated={limit}"]) == 0  # fmt: skip
+
+
+def test_sets_of_a_stage_of_its_own_count_too_and_clean_ones_do_not(
+    recipe: Any, lines: Lines, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = lines([{"prompt": prose(seed)} for seed in range(5000, 5010)], "ask.jsonl")
+    known = lines([{"question": pair(3)["chosen"]}], "known.jsonl")
+    runs = ["--runs", str(tmp_path / "runs")]
+    path = recipe(lines(clean()), prompts=f"{{path: {asked}}}")
+    assert cli.main(["data", "prepare", str(path), *runs]) == 0
+    path = recipe(lines(clean()), prompts=f"{{path: {asked}}}", data=f", against: [{{path: {known}}}]")
+    assert cli.main(["data", "prepare", str(path), *runs]) == 2
+    assert f"contaminated: 1 of {known} are in the training rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check {} --quick", "run {} --dry-run --runs runs"])
+def test_a_set_of_the_stage_that_is_not_there_is_told_before_a_run(
+    recipe: Any, lines: Lines, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    asked, none = lines([{"prompt": prose(5000)}], "ask.jsonl"), tmp_path / "lost.jsonl"
+    path = recipe(lines(clean()), prompts=f"{{path: {asked}}}", data=f", against: [{{path: {none}}}]")
+    assert cli.main(command.format(path).split()) == 2
+    said = "alignment: recipe.yaml: stages.reward.data.against[0].path: lost.jsonl: no such file or folder\n"
+    assert capsys.readouterr().err.replace(f"{tmp_path}/", "") == said
+
+
+def test_an_evaluation_set_that_changes_is_looked_for_again(run: Any, lines: Lines, reads: list[str]) -> None:
+    asked = lines([{"prompt": prose(seed)} for seed in range(5000, 5010)], "ask.jsonl")
+    stage = staged(lines(clean()), against=[{"path": str(asked)}])
+    for _ in range(2):
+        run(stage)
+    assert len(reads) == 1, "the second time from the cache"
+    lines([pair(5)], "ask.jsonl")
+    with pytest.raises(DataError, match=r"^contaminated: 1 of .*ask.jsonl are in the training rows"):
+        run(stage)
+
+
+def test_an_evaluation_set_that_cannot_be_read_is_told_every_time(run: Any, lines: Lines, tmp_path: Path) -> None:
+    none = tmp_path / "none.jsonl"
+    stage = staged(lines(clean()), against=[{"path": str(none)}])
+    for _ in range(2):
+        made, said = run(stage)
+        assert len(made.train) == 120
+        assert f"not looked for in the training rows: {none}: no such file or folder" in said
+    _, said = run(staged(lines(clean()), against=[{"path": str(none)}], limits={"contaminated": None}))
+    assert not any("not looked for" in line for line in said)
 
 
 # --- what the cache remembers -----------------------------------------------------------------------------------------

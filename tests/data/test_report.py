@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from made_rows import pair, prose, talk, talks
 from transformers import PreTrainedTokenizerFast
 
 from alignment import cli, inspecting
@@ -19,23 +20,6 @@ from alignment.data.prepare import prepare
 from alignment.recipe.load import load_recipe
 
 Write = Callable[..., Path]
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in ("n", "s", "t", "rk", "lm", "nd")]
-
-
-def prose(seed: int, count: int = 30) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=count))
-
-
-def pair(seed: int, **columns: Any) -> dict[str, Any]:
-    return {"prompt": prose(3 * seed), "chosen": prose(3 * seed + 1), "rejected": prose(3 * seed + 2), **columns}
-
-
-def talk(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-def clean_talks(count: int = 100, start: int = 0) -> list[dict[str, Any]]:
-    return [talk(prose(2 * seed), prose(2 * seed + 1)) for seed in range(start, start + count)]
 
 
 @pytest.fixture
@@ -62,7 +46,7 @@ def by_check(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     "rows",
     [
         [pair(seed) for seed in range(120)],
-        clean_talks(120),
+        talks(120),
         [{"text": prose(seed, 60)} for seed in range(120)],
         [{"prompt": prose(seed)} for seed in range(120)],
         [{"prompt": prose(2 * seed), "completion": prose(2 * seed + 1), "label": seed % 3 == 0} for seed in range(120)],
@@ -93,7 +77,7 @@ def test_the_shape_of_the_json(lines: Write, check: Any) -> None:
 
 
 def test_repeats_within_and_across_sources(lines: Write, check: Any) -> None:
-    first, second = clean_talks(40), clean_talks(40, start=100)
+    first, second = talks(40), talks(40, start=100)
     first[9] = first[3]
     second[5] = first[2]
     near = first[6]["messages"][1]["content"].split()
@@ -114,7 +98,7 @@ def test_repeats_within_and_across_sources(lines: Write, check: Any) -> None:
 def test_credentials_are_counted_and_never_printed(
     lines: Write, check: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    rows = clean_talks(60)
+    rows = talks(60)
     rows[3] = talk("my key", "AKIAIOSFODNN7EXAMPLE")
     rows[4] = talk("mail", "it is jane.roe@mail.org, yes")
     code, report = check(lines(rows))
@@ -130,7 +114,7 @@ def test_credentials_are_counted_and_never_printed(
 
 
 def test_evaluation_sets_by_path(lines: Write, check: Any) -> None:
-    rows = clean_talks(50)
+    rows = talks(50)
     rows[10] = talk("Count: " + prose(777, 40), "It is 42.")
     exam = [{"question": prose(777, 40), "answer": "42"}, {"question": prose(778, 40), "answer": "43"}]
     path = lines(exam, "exam.jsonl")
@@ -144,13 +128,13 @@ def test_evaluation_sets_by_path(lines: Write, check: Any) -> None:
 
 def test_system_turns_that_training_and_evaluation_share_do_not_count(lines: Write, check: Any) -> None:
     system = {"role": "system", "content": prose(1, 80)}
-    rows = [{"messages": [system, *row["messages"]]} for row in clean_talks(50, start=10)]
+    rows = [{"messages": [system, *row["messages"]]} for row in talks(50, start=10)]
     exam = [{"prompt": [system, {"role": "user", "content": prose(5000 + i, 20)}]} for i in range(5)]
     assert check(lines(rows), "--against", lines(exam, "exam.jsonl"))[1]["findings"] == []
 
 
 def test_tokens_of_files(lines: Write, check: Any, tiny_policy: Path) -> None:
-    rows = [*clean_talks(50), talk("a", "x<|im_end|>y")]
+    rows = [*talks(50), talk("a", "x<|im_end|>y")]
     code, report = check(lines(rows))
     assert "special-token-in-content" in by_check(report)
     assert "not_counted" in report["stages"][0]["tokens"]
@@ -182,10 +166,10 @@ def test_unusable_files_are_code_2_and_one_line(tmp_path: Path, check: Any, cont
 
 
 def test_words_that_do_not_go_together(tmp_path: Path, lines: Write, check: Any) -> None:
-    talks, pairs = lines(clean_talks(5), "t.jsonl"), lines([pair(1)], "p.jsonl")
-    assert "rows of different kinds" in check(talks, pairs)[1]["error"]
-    assert "belong to a recipe" in check(talks, "--stage", "sft")[1]["error"]
-    assert "give one recipe" in check("a.yaml", talks)[1]["error"]
+    said, pairs = lines(talks(5), "t.jsonl"), lines([pair(1)], "p.jsonl")
+    assert "rows of different kinds" in check(said, pairs)[1]["error"]
+    assert "belong to a recipe" in check(said, "--stage", "sft")[1]["error"]
+    assert "give one recipe" in check("a.yaml", said)[1]["error"]
     assert "belong to files" in check("a.yaml", "--tokenizer", tmp_path)[1]["error"]
 
 
@@ -209,7 +193,7 @@ def recipe(tmp_path: Path, tiny_policy: Path) -> Callable[..., Path]:
 
 
 def test_leaks_between_training_and_held_out_rows(lines: Write, check: Any, recipe: Callable[..., Path]) -> None:
-    train, held = clean_talks(60), clean_talks(20, start=500)
+    train, held = talks(60), talks(20, start=500)
     held[3] = train[5]
     held[4] = talk(train[6]["messages"][0]["content"].upper() + "!", prose(9991))
     held[7] = talk(prose(9992), train[8]["messages"][1]["content"])
@@ -252,7 +236,7 @@ def test_a_template_that_trains_the_wrong_text_fails(
         "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    path = recipe(lines(clean_talks(20)))
+    path = recipe(lines(talks(20)))
     code, report = check(path, "--set", f"chat_template={template}")
     assert code == 1
     assert report["stages"][0]["limits_passed"] == ["template-proof"]
@@ -268,7 +252,7 @@ def test_a_template_that_trains_the_wrong_text_fails(
 def test_evaluate_stages_are_looked_for_and_equal_rows_reported_once(
     lines: Write, check: Any, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    rows = clean_talks(60)
+    rows = talks(60)
     exam = lines([{"prompt": rows[4]["messages"][0]["content"]}, {"prompt": prose(77777)}], "exam.jsonl")
     train = lines(rows)
     more = (
@@ -387,13 +371,36 @@ def test_packing_equals_an_oracle() -> None:
     assert lengths.packed([40, 2], 32) == 2, "a row longer than a block fills one"
 
 
-def test_tokens_per_character_by_script(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [lengths.script(text) for text in ("Hello", "Привет", "你好", "ひらがな", "naïve", "안녕", "…")] == [
-        "Latin", "Cyrillic", "Han", "Kana", "Latin", "Hangul", "none",
-    ]  # fmt: skip
-    rates = lengths.per_character(tiny_tokenizer, ["abc" * 9, "你好你好", ""])
-    assert rates["Han"] == len(tiny_tokenizer("你好你好")["input_ids"]) / 4
-    assert list(rates) == ["Latin", "Han"]
+def test_tokens_per_character_by_language(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    english = "The hen was in the house, and the fox was looking for it there all night."
+    german = "Die Henne war im Haus, und der Fuchs suchte sie dort die ganze Nacht."
+    japanese = "めんどりは家の中にいて、きつねは一晩中そこでそれを探していました。"
+
+    def rate(*texts: str) -> float:
+        return sum(len(tiny_tokenizer(text)["input_ids"]) for text in texts) / sum(map(len, texts))
+
+    rows = [[english, "42"], [german, german], [japanese, ""]]
+    found = lengths.per_character(tiny_tokenizer, rows)
+    assert found == {
+        "rows": 3, "languages": {"de": rate(german), "en": rate(english), "ja": rate(japanese), "others": rate("42")},
+    }  # fmt: skip
+    assert list(found["languages"]) == ["de", "en", "ja", "others"], "the one with most characters first"
+    assert lengths.per_character(tiny_tokenizer, [["42", "7"]])["languages"] == {"unclear": rate("42", "7")}
+    assert lengths.per_character(tiny_tokenizer, []) == {"rows": 0, "languages": {}}
+
+
+def test_languages_are_counted_in_a_seeded_sample_of_rows(
+    lines: Write, check: Any, tiny_policy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = "Yesterday the fox and the hen were walking through the garden and said number {} to each other."
+    gesagt = "Gestern sind der Fuchs und die Henne durch den Garten gegangen und sagten sich die Nummer {}."
+    rows = lines([talk((said, gesagt)[index % 4 == 0].format(index), prose(index)) for index in range(900)])
+    first, second = (check(rows, "--tokenizer", tiny_policy)[1]["stages"][0]["tokens"]["train"] for _ in range(2))
+    assert first["per_character"] == second["per_character"]
+    assert first["per_character"]["rows"] == 500
+    assert {"en", "de"} <= first["per_character"]["languages"].keys()
+    cli.main(["data", "check", str(rows), "--tokenizer", str(tiny_policy), "--runs", str(tmp_path / "runs")])
+    assert "tokens per character (of 500 rows): " in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_page_names_files_once() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_rows import pair, prose
 
 from alignment import cli, inspecting
 from alignment.data.prepare import prepare
@@ -16,15 +16,6 @@ from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.load import load_recipe, max_length, resolve
 
 Lines = Callable[..., Path]
-WORDS = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in ("n", "s", "t", "rk", "lm", "nd")]
-
-
-def prose(seed: int, count: int = 20) -> str:
-    return " ".join(random.Random(seed).choices(WORDS, k=count))
-
-
-def pair(seed: int, **columns: Any) -> dict[str, Any]:
-    return {"prompt": prose(3 * seed), "chosen": prose(3 * seed + 1), "rejected": prose(3 * seed + 2), **columns}
 
 
 def rated(seed: int, count: int = 3) -> dict[str, Any]:

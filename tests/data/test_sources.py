@@ -284,15 +284,8 @@ def test_mixture_is_the_largest_in_which_the_shares_hold() -> None:
     assert [len(part) for part in sources.mix(parts[:2], [None, 3.0], seed=3)] == [17, 50]
 
 
-def test_take_and_held_out_are_seeded_and_lose_nothing() -> None:
+def test_take_is_seeded_and_loses_nothing() -> None:
     rows = list(range(50))
     assert sources.take(rows, 60, 1) == rows
     assert len(sources.take(rows, 5, 1)) == 5
     assert sources.take(rows, 5, 1, "a") != sources.take(rows, 5, 1, "b")
-    held = sources.held_out(50, 0.1, seed=1)
-    assert len(held) == 5
-    assert held == sorted(set(held)) and set(held) <= set(rows)
-    assert held == sources.held_out(50, 0.1, seed=1)
-    assert held != sources.held_out(50, 0.1, seed=2)
-    with pytest.raises(DataError, match="leaves nothing to train on"):
-        sources.held_out(1, 0.5, seed=1)

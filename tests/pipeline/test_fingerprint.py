@@ -197,3 +197,18 @@ def test_flatten_and_difference() -> None:
 )  # fmt: skip
 def test_what_is_a_local_path(workplace: Path, path: str, local: bool) -> None:
     assert fp.is_local(path) is local
+
+
+def test_evaluation_sets_that_are_looked_for_do_not_change_a_stage(workplace: Path, identity: Callable) -> None:
+    before = identity("sft")
+    (workplace / "rows" / "other.jsonl").write_text('{"prompt": "Q"}\n')
+    sets = "stages.sft.data.against=[{path: rows/other.jsonl}]"
+    assert fp.difference(before, identity("sft", sets)) == []
+
+
+def test_the_rule_of_what_is_held_out_is_part_of_a_stage(identity: Callable) -> None:
+    now = identity("sft", "stages.sft.data.eval_fraction=0.25")
+    assert now["data"]["held_out_by"] == "prompt"
+    assert "held_out_by" not in identity("sft")["data"]
+    single = {**now, "data": {key: value for key, value in now["data"].items() if key != "held_out_by"}}
+    assert fp.difference(single, now) == ["data.held_out_by: (absent) -> prompt"]

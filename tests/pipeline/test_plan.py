@@ -80,6 +80,7 @@ def test_stage_yaml_holds_absolute_paths_and_links_as_written(workplace: Path, l
     assert sft.model.path == f"{workplace}/base"
     assert sft.data is not None
     assert sft.data.train[0].path == f"{workplace}/rows/sft.jsonl"
+    assert [source.path for source in sft.data.against] == [f"{workplace}/rows/prompts.jsonl"]  # what is evaluated on
     assert sft.chat_template == "chatml"
 
 
