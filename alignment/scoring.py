@@ -46,8 +46,8 @@ def score(
     import torch
 
     from alignment.data import convert
-    from alignment.data.loading import Loading
-    from alignment.data.prepare import load_splits, prepare
+    from alignment.data.loading import Loading, load_splits
+    from alignment.data.prepare import prepare
     from alignment.models.load import load_policy
 
     convert.refuse(out)

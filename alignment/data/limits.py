@@ -20,7 +20,7 @@ from alignment.errors import DataError
 from alignment.recipe.schema import Data
 
 if TYPE_CHECKING:
-    from alignment.data.prepare import Splits
+    from alignment.data.loading import Splits
 
 OF_TOKENS = ("truncated", "unstopped")  # the limits that hold for the token table; the others are of the text
 ELSEWHERE = ("dropped",)  # enforced while rows are dropped

@@ -5,21 +5,27 @@ What is left out is counted in the `Account` of its source: defects, which `data
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from alignment.data import languages, remedies, sources
 from alignment.data.checks import Defect, check_row
+from alignment.data.holdout import hold_out
 from alignment.data.opened import Opened, open_source, rows_of
-from alignment.data.remedies import Account, Found, Numbers, Rows
+from alignment.data.remedies import Account, Found, Numbers, Row, Rows, augmented
 from alignment.errors import DataError
 from alignment.recipe.algorithms import Schema
 from alignment.recipe.schema import Data, DataLimits, Source
 
 Say = Callable[[str], None]
+Splits = dict[str, tuple[Rows, list[Account]]]
+
+row_of: Callable[[Found], Row] = operator.attrgetter("row")
+where_of: Callable[[Found], str] = operator.attrgetter("where")
 
 
 @dataclass(frozen=True)
@@ -146,3 +152,27 @@ def usable(opened: Opened, index: int, how: Loading, account: Account) -> Iterat
                 continue
             columns = {name: record.value.get(name, row.get(name)) for name in names}
             yield Found(row, record.where, index, columns)
+
+
+def load_splits(data: Data, how: Loading) -> Splits:
+    """The rows of training (`train`) and, where there are such, of evaluation (`eval`), with all remedies applied.
+
+    Raises:
+        DataError: as `load_rows`, or a function of `augment` that fails.
+    """
+    rows, accounts = load(data.train, how)
+    splits = {"train": (rows, accounts)}
+    if data.eval:
+        splits["eval"] = load(data.eval, replace(how, held_out=True))
+    elif data.eval_fraction is not None:
+        held = hold_out(rows, data.eval_fraction, how.seed)
+        copies = [Account(account.source, account.format, account.rows_in) for account in accounts]
+        splits = {"train": (rows.pick(np.delete(np.arange(len(rows)), held.places)), accounts)}
+        splits["eval"] = (rows.pick(held.places), copies)
+        how.say(held.says)
+    if data.augment:
+        before, accounts = splits["train"]
+        after = augmented(before, data.augment, how.schema, accounts)
+        splits["train"] = (after, accounts)
+        how.say(f"data.augment: {len(before):,} rows became {len(after):,}")
+    return splits

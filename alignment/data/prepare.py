@@ -8,9 +8,8 @@ a model loads.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from alignment.data import cache as tables
 from alignment.data import limits as bounds
 from alignment.data import templates
 from alignment.data.checks import EXAMPLES
-from alignment.data.holdout import hold_out
-from alignment.data.loading import Loading, load
-from alignment.data.remedies import Account, Found, Rows, augmented
+from alignment.data.loading import Loading, Splits, load, load_splits, row_of, where_of
+from alignment.data.remedies import Account, Rows
 from alignment.data.spool import View
 from alignment.data.tokens import Settings, Stats
 from alignment.errors import DataError
@@ -33,10 +31,6 @@ from alignment.recipe.schema import Data, DataLimits, Source, Stage
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
-Splits = dict[str, tuple[Rows, list[Account]]]
-
-row_of: Callable[[Found], Row] = operator.attrgetter("row")
-where_of: Callable[[Found], str] = operator.attrgetter("where")
 
 
 @dataclass(frozen=True)
@@ -155,30 +149,6 @@ def _tabled(
             raise DataError(f"{name}: no row is left to learn from: {'; '.join(t.summary() for t in counts)}")
         ready[name] = table
     return Prepared(ready["train"], ready.get("eval"), report)
-
-
-def load_splits(data: Data, how: Loading) -> Splits:
-    """The rows of training (`train`) and, where there are such, of evaluation (`eval`), with all remedies applied.
-
-    Raises:
-        DataError: as `load_rows`, or a function of `augment` that fails.
-    """
-    rows, accounts = load(data.train, how)
-    splits = {"train": (rows, accounts)}
-    if data.eval:
-        splits["eval"] = load(data.eval, replace(how, held_out=True))
-    elif data.eval_fraction is not None:
-        held = hold_out(rows, data.eval_fraction, how.seed)
-        copies = [Account(account.source, account.format, account.rows_in) for account in accounts]
-        splits = {"train": (rows.pick(np.delete(np.arange(len(rows)), held.places)), accounts)}
-        splits["eval"] = (rows.pick(held.places), copies)
-        how.say(held.says)
-    if data.augment:
-        before, accounts = splits["train"]
-        after = augmented(before, data.augment, how.schema, accounts)
-        splits["train"] = (after, accounts)
-        how.say(f"data.augment: {len(before):,} rows became {len(after):,}")
-    return splits
 
 
 def _account(stats: Stats, found: Rows, tallies: Sequence[Account]) -> None:

@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from alignment.data import contamination, content, lengths, limits, proof, sources, texts
 from alignment.data.checks import EXAMPLES, REASONS
 from alignment.data.findings import PLACES, Finding, Limit, limit_of
-from alignment.data.loading import Loading
-from alignment.data.prepare import Prepared, Splits, load_splits, prepare
+from alignment.data.loading import Loading, Splits, load_splits
+from alignment.data.prepare import Prepared, prepare
 from alignment.data.remedies import TAKEN
 from alignment.data.texts import Loaded
 from alignment.data.tokens import Settings

@@ -16,7 +16,7 @@ import numpy as np
 from alignment.data import content, duplicates, pairs, words
 from alignment.data.duplicates import Memory, Watch, Watched
 from alignment.data.findings import PLACES, Finding, Limit, Seen
-from alignment.data.prepare import row_of, where_of
+from alignment.data.loading import row_of, where_of
 from alignment.data.remedies import Account, Found, Rows
 from alignment.data.spool import View
 
