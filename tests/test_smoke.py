@@ -17,7 +17,7 @@ from alignment.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
-DEEPSPEED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "ds_configs").glob("*.json"))
+DEEPSPEED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "ds_configs").glob("zero*.json"))
 # The long ones, whose stages other recipes cover.
 SLOW = {"recipes/tiny/dpo-family.yaml"}
 

@@ -232,7 +232,22 @@ def _load(
         raise ModelError(f"{path}: {len(missing)} tensors are missing from its weights, the first is {missing[0]}")
     if fresh_head and f"{HEAD}.weight" in info["missing_keys"]:
         _zero_head(model)
+    if quantization is not None:
+        _never_repack(model)
     return model
+
+
+def _never_repack(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights as they were quantized.
+
+    On a CPU with AVX512-BF16, bitsandbytes (`Linear4bit.forward`, since bitsandbytes#1804) repacks them in the first
+    pass without gradients and multiplies them in bfloat16, whatever `compute` says: its log-probabilities are other
+    ones than those of a training pass. Saving packs them back with rounded scales, and under ZeRO-3 fails. This can go
+    when upstream lets it be switched off.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def bitsandbytes_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:

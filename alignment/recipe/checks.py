@@ -13,7 +13,7 @@ from alignment.recipe.problems import Place, Problems, did_you_mean, shown
 from alignment.recipe.resolve import full_train, parents, resolve
 from alignment.recipe.schedule import schedule_problems
 from alignment.recipe.schema import LINK, Recipe, Stage, linked, pinned
-from alignment.recipe.sharding import combination_problem, deepspeed_problems
+from alignment.recipe.sharding import deepspeed_problems
 from alignment.recipe.trainer_keys import check_model_config, check_peft, check_train
 
 EVERYWHERE = frozenset({"algorithm", "seed", "launch"})  # sections that every algorithm takes
@@ -66,7 +66,6 @@ def check_stages(recipe: Recipe, order: Sequence[str], problems: Problems) -> No
         if row.config is not None:
             _check_trainer(subject)
             _check_batch(subject)
-            _check_combination(subject)
         if "rewards" in row.sections:
             _check_rewards(subject)
         if "models" in row.sections:
@@ -123,17 +122,6 @@ def _check_launch(subject: _Subject) -> None:
 def _model_place(subject: _Subject) -> Place:
     """Where the model of a stage is written: in the stage, or at the top."""
     return ("model",) if subject.stage.model is None else ("stages", subject.name, "model")
-
-
-def _check_combination(subject: _Subject) -> None:
-    """A DeepSpeed file, the stage's own or the recipe's, that this algorithm and this base cannot go with."""
-    launch, model = subject.resolved.launch, subject.resolved.model
-    if launch is None or launch.deepspeed is None:
-        return
-    quantized = model is not None and model.quantization is not None
-    problem = combination_problem(subject.row.name, launch.deepspeed, quantized=quantized)
-    if problem is not None:
-        subject.add("launch", "deepspeed", message=problem)
 
 
 def _check_model(subject: _Subject) -> None:

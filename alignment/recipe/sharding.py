@@ -30,24 +30,6 @@ def deepspeed_problems(file: str) -> Iterator[str]:
         )
 
 
-def combination_problem(algorithm: str, file: str, *, quantized: bool) -> str | None:
-    """Why an algorithm cannot go with a DeepSpeed file; None if it can."""
-    if algorithm == "ppo" and quantized and _stage(file) == 3:
-        return (
-            f"{file}: ppo draws replies between its updates, which bitsandbytes does from packed weights that ZeRO-3 "
-            "cannot cut or save; take a ZeRO-2 file or none: adapters have few states, and the base is in 4 bits"
-        )
-    return None
-
-
-def _stage(file: str) -> Any:
-    try:
-        content = json.loads(Path(file).expanduser().read_bytes())
-    except (OSError, ValueError):
-        return None
-    return _section(content, "zero_optimization").get("stage") if isinstance(content, dict) else None
-
-
 def _section(content: dict[str, Any], key: str) -> dict[str, Any]:
     found = content.get(key)
     return found if isinstance(found, dict) else {}

@@ -108,7 +108,7 @@ def read(
     Args:
         remembered: what `remembered.Trained.save` wrote of the model in memory.
         tolerance: of its norms, and of its numbers relative to the largest one of a tensor.
-        frozen: whether weights that were not trained are compared: packed ones change their shape as they are used.
+        frozen: whether weights that were not trained are compared; those of a quantized base are made anew.
         quantization, compute: how the base is quantized again, and the dtype that it is multiplied in.
 
     Returns:

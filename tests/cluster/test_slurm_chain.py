@@ -58,6 +58,8 @@ class Cluster:
         waits = f"{job}|PENDING|BeginTime|{restarts}"
         self.wait(lambda: waits in self.ask("squeue", "--noheader", "--Format=JobID:|,State:|,Reason:|,RestartCnt:|")
                   .replace(" ", ""), f"restart {restarts} of job {job}")  # fmt: skip
+        # Credentials are revoked by whole seconds: within the one of the last end, "Job credential revoked" fails it.
+        time.sleep(2)
         self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 

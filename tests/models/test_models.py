@@ -18,6 +18,7 @@ from alignment.models import load
 from alignment.models.adapters import lora_config, merge
 from alignment.models.load import compute_dtype, init_policy, load_policy, load_scorer, resize_embeddings
 from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
+from alignment.recipe.schema import Quantization
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -234,3 +235,39 @@ def test_a_hub_model_at_a_commit_is_that_commit(
         ModelError, match=f"^org/tiny@{'c' * 40}: cannot be had from the hub .Cannot find an appropriate"
     ):
         load.snapshot("org/tiny", "c" * 40)
+
+
+# --- quantized weights ------------------------------------------------------------------------------------------------
+
+
+def a_pass_between(folder: Path) -> tuple[float, list[str]]:
+    """How far a pass without gradients is from one in training; the tensors that passing and saving changed."""
+    model, tokenizer = load_policy(folder, quantization=Quantization(), compute=torch.float32)
+    ids = torch.tensor([tokenizer("the cat sat on the mat")["input_ids"]])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        drawn = model(ids).logits
+    after = model.state_dict()
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    trained = model.train()(inputs_embeds=model.get_input_embeddings()(ids).detach().requires_grad_()).logits
+    return float((drawn - trained.detach()).abs().max()), changed
+
+
+def test_quantized_weights_stay_as_they_were_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of()
+    config = TINY | {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes repacks by 32 rows and 64 columns
+    init_policy(config, tokenizer, attention="sdpa").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    distance, changed = a_pass_between(tmp_path)
+    assert changed == []
+    assert distance < 1e-6
+
+    # What is held off is there, and under this name.
+    assert hasattr(modules.Linear4bit(64, 64), "support_avx512bf16_for_cpu")
+    if modules.has_avx512bf16():
+        monkeypatch.setattr(load, "_never_repack", lambda model: None)
+        distance, changed = a_pass_between(tmp_path)
+        assert changed
+        assert distance > 1e-4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignment.recipe.sharding import combination_problem, deepspeed_problems
+from alignment.recipe.sharding import deepspeed_problems
 
 GATHER = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
@@ -56,19 +56,3 @@ def test_a_recipe_with_such_a_file_is_refused(root: Path, tmp_path: Path, monkey
     lines = str(refused.value).splitlines()
     assert [line for line in lines if "launch.deepspeed" in line and "scheduler" in line]
     assert [line for line in lines if "launch.deepspeed" in line and "saves no weights" in line]
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "name", "quantized", "refused"),
-    [
-        ("ppo", "zero3", True, True),
-        ("ppo", "zero3_offload", True, True),
-        ("ppo", "zero2", True, False),
-        ("ppo", "zero3", False, False),
-        ("dpo", "zero3", True, False),
-    ],
-)
-def test_ppo_draws_from_packed_weights(algorithm: str, name: str, quantized: bool, refused: bool, root: Path) -> None:
-    problem = combination_problem(algorithm, str(root / "ds_configs" / f"{name}.json"), quantized=quantized)
-    assert (problem is not None) is refused
-    assert not refused or "take a ZeRO-2 file or none" in str(problem)

@@ -53,8 +53,6 @@ def faults(cell: Cell, result: dict[str, Any], action: str) -> list[str]:
 
 def must_refuse(cell: Cell) -> tuple[str, ...]:
     """The actions of a combination that are refused, each for a reason that stands on the page."""
-    if cell.algorithm == "ppo" and cell.tuning == "qlora" and STAGE[cell.sharding] == 3:
-        return asked(cell)
     return () if cell.sharding == "none" and cell.algorithm != "kto" else ("other_ranks",)
 
 
@@ -73,8 +71,9 @@ def _shares(cell: Cell, rank: dict[str, Any], ranks: int) -> list[str]:
     share = 8 * rank["trained"] / (ranks if stage else 1)
     if not share <= rank["states"] <= 1.02 * share + 64:
         lines.append(f"{rank['states']} bytes of optimizer states, a share is {share:.0f}")
-    held = rank["weights"] / rank["weights_whole"]
     # Norms and other vectors stay whole under ZeRO-3, and so do small matrices: those of adapters on a tiny model.
+    small = rank.get("weights_small", 0) if stage == 3 else 0
+    held = (rank["weights"] - small) / (rank["weights_whole"] - small)
     if (held > 0.65) if stage == 3 else (held != 1):
         lines.append(f"{held:.0%} of the weights")
     if rank["reference"] is not None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cells import HIDDEN
+
 from alignment.pipeline.plan import StageSpec
+
+SMALL = 10 * HIDDEN  # elements up to which ZeRO-3 keeps a tensor whole, here
 
 
 def inside(folder: Path, pairs: int | None = None) -> Any:
@@ -91,6 +95,7 @@ def facts(trainer: Any) -> dict[str, Any]:
         "optimizer": type(optimizer).__name__,
         "weights": sum(map(held, parameters)),
         "weights_whole": sum(map(whole, parameters)),
+        "weights_small": sum(whole(p) for p in parameters if getattr(p, "ds_numel", p.numel()) <= SMALL),
         "trained": sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),
         "states": sum(value.numel() * value.element_size() for value in states),
         "reference": None if reference is None else sum(map(held, reference.parameters())),
