@@ -41,7 +41,11 @@ def chain(rows: Path) -> dict[str, Any]:
                 reward["function"] = str(ROOT / reward["function"])
         if "train" in stage:
             stage["train"] |= {"max_steps": 4, "logging_steps": 1}
-            stage["data"]["limits"] = {"leak": None, "duplicate": None}  # few rows of a small world
+            stage["data"]["limits"] = {
+                "leak": None,
+                "duplicate": None,
+                "contaminated": None,
+            }  # few rows of a small world
     return recipe
 
 
