@@ -31,7 +31,7 @@ from alignment.evaluation.generate import Reply, batches, generate, kl_to, score
 from alignment.evaluation.judges import Judge, judge_replies, load_judge
 from alignment.evaluation.metrics import Estimate, Floats, estimate, mean, wins
 from alignment.models.generation import Policy, placed, release_memory
-from alignment.models.load import adapter_base, is_adapter, load_config, load_policy, load_scorer
+from alignment.models.load import adapter_base, base_revision, is_adapter, load_config, load_policy, load_scorer
 from alignment.models.tokenizer import load_tokenizer
 from alignment.pipeline.files import write_text
 from alignment.recipe.algorithms import Schema
@@ -175,7 +175,8 @@ def _fitting(contest: Contest, say: Say) -> Contest:
 
 def _positions(folder: Path) -> int | None:
     """How many tokens the model in a folder can read, where its configuration says so."""
-    config = load_config(adapter_base(folder) if is_adapter(folder) else str(folder))
+    adapter = is_adapter(folder)
+    config = load_config(adapter_base(folder), base_revision(folder)) if adapter else load_config(str(folder))
     limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit)
 

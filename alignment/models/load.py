@@ -82,6 +82,12 @@ def snapshot(name: str, commit: str) -> Path:
         raise ModelError(f"{name}@{commit}: cannot be had from the hub ({_one_line(error)})") from error
 
 
+def base_revision(path: str | Path) -> str | None:
+    """The commit of a hub model that an adapter folder stands on, where it is known."""
+    found = folders.read_object(Path(path) / ADAPTER_CONFIG).get("revision")
+    return str(found) if found else None
+
+
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """The text configuration of a model folder or hub name.
 
@@ -139,8 +145,9 @@ def load_policy(
     tokenizer = load_tokenizer(path, revision)
     if is_adapter(path):
         base = _load(
-            adapter_base(path), None, AutoModelForCausalLM, dtype, attention, quantization, compute, fresh_head=False
-        )
+            adapter_base(path), base_revision(path), AutoModelForCausalLM, dtype, attention, quantization, compute,
+            fresh_head=False,
+        )  # fmt: skip
         return _attach(base, path, tokenizer, trainable=trainable), tokenizer
     model = _load(path, revision, AutoModelForCausalLM, dtype, attention, quantization, compute, fresh_head=False)
     return model.eval(), tokenizer
@@ -169,7 +176,9 @@ def load_scorer(
     tokenizer = load_tokenizer(path, revision)
     kind = AutoModelForSequenceClassification
     if is_adapter(path):
-        base = _load(adapter_base(path), None, kind, dtype, attention, quantization, compute, fresh_head=True)
+        base = _load(
+            adapter_base(path), base_revision(path), kind, dtype, attention, quantization, compute, fresh_head=True
+        )
         model: PreTrainedModel | PeftModel = _attach(base, path, tokenizer, trainable=False)
     else:
         model = _load(path, revision, kind, dtype, attention, quantization, compute, fresh_head=fresh_head)

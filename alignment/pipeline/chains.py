@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import ChainError, DataError, ModelError
-from alignment.pipeline import folders
+from alignment.pipeline import folders, hub
 from alignment.pipeline.files import fault, file_hash
 from alignment.pipeline.fingerprint import is_local
 from alignment.pipeline.plan import StageSpec
@@ -24,7 +24,7 @@ from alignment.pipeline.seals import SEALED
 from alignment.recipe.algorithms import ALGORITHMS, Kind
 from alignment.recipe.checks import KIND_IN_WORDS
 from alignment.recipe.load import resolve
-from alignment.recipe.schema import Recipe, Stage, linked
+from alignment.recipe.schema import Recipe, Stage, linked, pinned
 
 FORCE = "or go on all the same: --stage {stage} --force"
 REFERENCED = ("preference", "unpaired", "prompts")  # schemas of algorithms that start where an earlier one ended
@@ -224,7 +224,29 @@ def cautions(recipe: Recipe, name: str) -> list[str]:
             f"stages.{name}.model: {stage.algorithm} starts from a base that was never instruction-tuned: its replies "
             "go on with the text and seldom end; put an sft stage before it"
         )
-    return lines
+    return lines + list(_unpinned(name, stage))
+
+
+def _unpinned(name: str, stage: Stage) -> Iterator[str]:
+    """What a stage loads from the hub at no commit of its own."""
+    model, data = stage.model, stage.data
+    if model is not None and model.path is not None and not is_local(model.path) and not hub.is_commit(model.revision):
+        yield f"stages.{name}.model: {hub.advice(model.path, model.revision)}"
+    for key, place, _ in _links(stage):
+        if key != "model" and linked(place) is None and not is_local(place) and pinned(place)[1] is None:
+            yield f"stages.{name}.{key}: {hub.advice(place)}"
+    rows = {"data.train": data.train, "data.eval": data.eval or ()} if data is not None else {}
+    rows |= {"prompts": stage.prompts or (), "pairs": stage.pairs or ()}
+    moving: dict[str, str] = {}  # the first place of each
+    for key, sources in rows.items():
+        for index, source in enumerate(sources):
+            if not is_local(source.path) and not hub.is_commit(source.revision):
+                moving.setdefault(source.path, f"{key}[{index}]")
+    for path, key in moving.items():
+        yield (
+            f"stages.{name}.{key}: {path} is not pinned: its rows may change; for a result that can be repeated "
+            "set `revision`"
+        )
 
 
 def _instructed(recipe: Recipe, stage: Stage) -> bool | None:

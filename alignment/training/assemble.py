@@ -20,7 +20,7 @@ from alignment.models.adapters import lora_config, merge_to_folder
 from alignment.models.load import is_adapter, load_config
 from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
 from alignment.recipe.load import max_length
-from alignment.training import handoff
+from alignment.training import handoff, pinned
 from alignment.training.actor_critic import switch_off_dropout
 from alignment.training.arguments import build_arguments, is_main, resolve_import, token_cache
 from alignment.training.context import Context
@@ -63,13 +63,15 @@ def _prepare(ctx: Context, table: Table | None = None) -> Context:
     spec, table = ctx.spec, table or _table
     folder = spec.output / "prepared"
     if is_main():
+        ctx = replace(ctx, commit=pinned.commit(spec, ctx.say))
         start, added = _prepare_start(ctx, folder)
         tokenizer = load_tokenizer(folder / "tokenizer")
         data = table(ctx, tokenizer)
-        handoff.ready(spec, {"start": start, "added_tokens": added})
+        handoff.ready(spec, {"start": start, "added_tokens": added, "commit": ctx.commit})
     else:
         record = handoff.wait(spec)
         start, added = record["start"], record["added_tokens"]
+        ctx = replace(ctx, commit=record["commit"])
         tokenizer = load_tokenizer(folder / "tokenizer")
         data = table(ctx, tokenizer)  # from the cache
     peft = None
@@ -78,6 +80,7 @@ def _prepare(ctx: Context, table: Table | None = None) -> Context:
         assert start is not None  # the planner refuses an adapter on random weights
         tied = bool(load_config(start, ctx.model.revision).tie_word_embeddings)
         peft = lora_config(spec.config.peft, scorer=scorer, added_tokens=added, tied=tied)
+        peft.revision = ctx.commit  # of the base, for whoever loads the adapter
     return replace(ctx, start=start, tokenizer=tokenizer, data=data, added_tokens=tuple(added), peft=peft)
 
 

@@ -27,6 +27,7 @@ class Context:
         say: prints one line for the person watching (rank 0 only).
         compute: the autocast dtype.
         start: folder or hub name of the weights to start from; None for random ones, or a stage without a model.
+        commit: of that hub name, once it is known: everything is loaded from it.
         args, tokenizer, data: None for a stage that trains nothing.
         added_tokens: what the chat template added to the tokenizer.
         peft: the adapter's configuration, if the stage makes a new one.
@@ -36,6 +37,7 @@ class Context:
     say: Callable[[str], None]
     compute: torch.dtype
     start: str | None = None
+    commit: str | None = None
     args: Any = None  # the instance of the row's config class
     tokenizer: Any = None
     data: Prepared | None = None
@@ -44,9 +46,10 @@ class Context:
 
     @property
     def model(self) -> Model:
-        """The `model:` section of a stage that trains."""
-        assert self.spec.config.model is not None
-        return self.spec.config.model
+        """The `model:` section of a stage that trains, at the commit that was found for it."""
+        model = self.spec.config.model
+        assert model is not None
+        return model if self.commit is None else model.model_copy(update={"revision": self.commit})
 
     @property
     def rows(self) -> Prepared:

@@ -20,7 +20,7 @@ from alignment.data import templates
 from alignment.errors import ModelError
 from alignment.evaluation.generate import batches
 from alignment.models.generation import pad_id
-from alignment.models.load import adapter_base, is_adapter
+from alignment.models.load import adapter_base, base_revision, is_adapter
 from alignment.models.tokenizer import describe
 from alignment.pipeline import runs
 from alignment.pipeline.plan import StageSpec
@@ -166,7 +166,9 @@ def _describe(ctx: Context, trainer: Trainer, folder: Path) -> dict[str, Any]:
     adapter = None
     if is_adapter(folder):
         base = adapter_base(folder)
-        adapter = {"base_path": base, "base_sha256": weights_of(Path(base))}
+        adapter = {
+            "base_path": base, "base_sha256": weights_of(Path(base)), "base_revision": base_revision(folder)
+        }  # fmt: skip
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     merged = ctx.start is not None and Path(ctx.start) == ctx.spec.output / "base"
     return {
@@ -188,7 +190,11 @@ def _start(ctx: Context) -> dict[str, Any]:
         return {"from": f"stage:{model.stage}", "weights_sha256": theirs.get("weights_sha256")}
     if model.path is None:
         return {"from": "random weights", "weights_sha256": None}
-    return {"from": model.path, "revision": model.revision, "weights_sha256": weights_of(Path(model.path))}
+    asked = ctx.spec.config.model
+    return {
+        "from": model.path, "revision": asked and asked.revision, "commit": ctx.commit,
+        "weights_sha256": weights_of(Path(model.path)),
+    }  # fmt: skip
 
 
 def _published(trainer: Trainer) -> Any:

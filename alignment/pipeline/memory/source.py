@@ -7,15 +7,14 @@ holds the command that fetches it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alignment.errors import ModelError
+from alignment.pipeline import hub
 from alignment.pipeline.fingerprint import is_local
 from alignment.pipeline.memory import sizes
 from alignment.pipeline.memory.activations import FLOAT32
@@ -337,25 +336,13 @@ def folder_of(path: str, revision: str | None, *, file: str = "config.json") -> 
     """
     if is_local(path):
         return Path(path).expanduser()
-    for folder in _snapshots(path, revision):
-        if (folder / file).is_file() or (folder / ADAPTER).is_file():
-            return folder
+    folder = hub.snapshot(path, revision)
+    if folder is not None and ((folder / file).is_file() or (folder / ADAPTER).is_file()):
+        return folder
     at = f" --revision {revision}" if revision else ""
     raise NotKnownError(
         f"{path} is not on this machine, so its size is not known; `hf download {path} {file}{at}` fetches that file"
     )
-
-
-def _snapshots(name: str, revision: str | None) -> list[Path]:
-    """The snapshots of a hub model in the cache, the wanted one first."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
-    folder = cache / f"models--{name.replace('/', '--')}"
-    wanted = revision or "main"
-    with contextlib.suppress(OSError):  # a commit is its own name
-        wanted = (folder / "refs" / wanted).read_text(encoding="utf-8").strip()
-    found = folder / "snapshots" / wanted
-    return [found] if found.is_dir() else []
 
 
 def in_folder(folder: Path, *, called: str) -> Found:
@@ -365,7 +352,7 @@ def in_folder(folder: Path, *, called: str) -> Found:
         base = str(peft.get("base_model_name_or_path") or "")
         if not base:
             raise NotKnownError(f"{called}/{ADAPTER}: base_model_name_or_path is missing")
-        found = in_folder(folder_of(base, None), called=base)
+        found = in_folder(folder_of(base, peft.get("revision")), called=base)
         own = str(folder) if (folder / "tokenizer.json").is_file() else found.tokenizer
         return replace(found, adapter=peft, base=base, tokenizer=own)
     config = _json(folder / "config.json")
