@@ -267,6 +267,9 @@ PLANTS: dict[str, Plant] = {
     ),
     "a template that fills the memory": template("{{ 'x' * 10000000000 }}"),
     "a template that writes 20 MB": template("{{ 'x' * 20000000 }}"),
+    "a template that reads a text once for each of its characters": template(
+        "{% for m in messages %}{% for c in m.content %}{% for d in m.content %}{% endfor %}{% endfor %}{% endfor %}"
+    ),
     "a reward model to chat with": nothing,
     "a reward model as policy": recipe("./model", "./scorer"),
     # checkpoints

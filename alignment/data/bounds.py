@@ -23,6 +23,9 @@ TEXT = 10_000_000  # characters of a rendered conversation
 SOURCE = 1_000_000  # characters of a template
 ROLES = (["user"], ["user", "assistant"], ["system", "user", "assistant"],
          ["user", "assistant", "user", "assistant", "user"])  # fmt: skip
+# Last, a long one: work that grows with the square of a text shows on no short one.
+LONG = 20_000  # characters of each message
+FEW, MANY = "a conversation of a few words", f"messages of {LONG:,} characters"
 
 
 def require_bounded(jinja: str, special: Mapping[str, str], name: str) -> None:
@@ -51,11 +54,12 @@ def _trial(jinja: str, special: tuple[tuple[str, str], ...], seconds: int) -> st
         done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=WALL, check=False)
     except subprocess.TimeoutExpired:
         return f"did not end within {WALL} s"
-    said = done.stdout.strip().rpartition("\n")[2]
+    *before, said = [line for line in done.stdout.splitlines() if line.strip()] or [""]
     if done.returncode == 0 and said == "ok":
         return ""
     if done.returncode < 0 or done.returncode == 137:
-        return f"took more than {seconds} s of processor time on a conversation of a few words"
+        where = MANY if said == MANY or MANY in before else FEW
+        return f"took more than {seconds} s of processor time on {where}"
     return said if done.returncode == 3 else f"could not be tried ({done.stderr.strip().rpartition(chr(10))[2][:200]})"
 
 
@@ -70,14 +74,18 @@ def main() -> int:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    for roles in ROLES:
-        talk = [{"role": role, "content": f"What is {number} + {number}?"} for number, role in enumerate(roles)]
+    talks = [[(role, f"What is {number} + {number}?") for number, role in enumerate(roles)] for roles in ROLES]
+    for pairs in [*talks, [(role, ("What is 2 + 2? " * LONG)[:LONG]) for role in ("user", "assistant")]]:
+        talk = [{"role": role, "content": content} for role, content in pairs]
+        where = FEW if len(talk[0]["content"]) < LONG else MANY
+        if where == MANY:
+            print(MANY, flush=True)  # for whoever finds this process killed
         try:
             texts, _ = render_jinja_template(
                 conversations=[talk], chat_template=question["jinja"], add_generation_prompt=True, **question["special"]
             )
         except (MemoryError, OverflowError):
-            print(f"took more than {MEMORY // 2**20} MB on a conversation of a few words")
+            print(f"took more than {MEMORY // 2**20} MB on {where}")
             return 3
         except RecursionError:
             print("is nested too deeply")
@@ -85,7 +93,7 @@ def main() -> int:
         except Exception:  # a template may refuse a conversation in any way; the rows will tell
             continue
         if len(texts[0]) > TEXT:
-            print(f"wrote {len(texts[0]):,} characters for a conversation of a few words")
+            print(f"wrote {len(texts[0]):,} characters for {where}")
             return 3
     print("ok")
     return 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ FAILED = re.compile(
     r"Input/output error|Read-only file system|os error (5|30)\b|Stale file handle|inline_container\.cc|"
     r"PytorchStreamWriter|iostream error|unexpected pos"
 )
+UNTOLD = "a file could not be written"
 
 
 @contextmanager
@@ -34,6 +36,9 @@ def told(folder: Path, needed: float) -> Iterator[None]:
         if found is None:
             raise
         text, full = found
+        if text == UNTOLD:  # there it matters whether there is room
+            with suppress(OSError):
+                full = shutil.disk_usage(folder).free < needed
         raise StorageError(space.told(folder, text, full=full, needed=needed)) from error
 
 
@@ -48,9 +53,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         elif full := FULL.search(text):
             said = ("No space left on device" if "28" in full[0] else full[0], True)
         elif failed := FAILED.search(text):
-            named = (
-                failed[0] if failed[0][0].isupper() and "Pytorch" not in failed[0] else "a file could not be written"
-            )
+            named = failed[0] if failed[0][0].isupper() and "Pytorch" not in failed[0] else UNTOLD
             said = said or (named, False)
         seen = seen.__cause__ or seen.__context__
     return said

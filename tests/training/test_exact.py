@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,8 @@ def test_the_rotation_does_not_count_a_damaged_checkpoint_as_good(
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------
 
+DiskUsage = namedtuple("DiskUsage", "total used free")
+
 
 @pytest.mark.parametrize(
     ("error", "says", "full"),
@@ -216,13 +219,28 @@ def test_the_rotation_does_not_count_a_damaged_checkpoint_as_good(
          "a file could not be written", False),
     ],
 )  # fmt: skip
-def test_a_refusing_disk_is_recognised(error: Exception, says: str, full: bool, tmp_path: Path) -> None:
+def test_a_refusing_disk_is_recognised(
+    error: Exception, says: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: DiskUsage(2**40, 0, 2**40))
     with pytest.raises(StorageError) as caught, storage.told(tmp_path, 3.5 * 2**30):
         raise error
     text = str(caught.value)
     assert text.startswith(f"{tmp_path}: {says}: ")
     assert "\n" not in text
     assert ("a checkpoint takes about 3.5 GB, " in text and " are free; free some space" in text) == full
+
+
+def test_where_the_reason_is_lost_the_room_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's archives say that a write failed, and not why."""
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: DiskUsage(2**40, 2**40 - 2**20, 2**20))
+    with pytest.raises(StorageError) as caught, storage.told(tmp_path, 3.5 * 2**30):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5312 vs 5204")
+    assert str(caught.value).startswith(
+        f"{tmp_path}: a file could not be written: a checkpoint takes about 3.5 GB, 1.0 MB are free; free some space"
+    )
+    with pytest.raises(StorageError, match="the storage failed"), storage.told(tmp_path, 3.5 * 2**30):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_torch_hides_the_reason_and_it_is_found() -> None:
