@@ -130,8 +130,12 @@ def _number(judge: Judge, rows: Sequence[Row], index: int, score: Any) -> float:
 
 
 def row_name(rows: Sequence[Row], index: int) -> str:
-    """How a message names a row: its number, and how its prompt (a text or messages) begins."""
+    """How a message names a row: its number, and how its prompt (a text or messages) begins.
+
+    The number is that of the table where the row is from one of tokens, as `alignment data show --row` takes it.
+    """
     prompt = rows[index]["prompt"]
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     text = " ".join(text.split())
-    return f"row {index + 1} ({text[:60] + '...' if len(text) > 60 else text!r})"
+    number = rows[index]["row"] if "prompt_ids" in rows[index] and "row" in rows[index] else index + 1
+    return f"row {number} ({text[:60] + '...' if len(text) > 60 else text!r})"

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.pipeline import runs, seals
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNDER_TIME = ("runtime", "per_second", "epoch_time", "tokens_per_second")  # durations and rates, kept apart in the log
 
 
@@ -198,7 +199,7 @@ class Preemption(TrainerCallback):
         self.received: int | None = None
         self.left: int | None = None  # the signal on which all ranks agreed to leave
         self.device = device
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOPPING:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:

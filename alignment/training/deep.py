@@ -61,10 +61,19 @@ def deep(recipe: Recipe, *, runs: Path, run: str, recipe_path: Path) -> Deep:
         except UserError as error:
             found.problems.append(f"stages.{name}: {error}")
             continue
+        found.unchecked += _launched(name, plan.spec.config.launch)
         found.checked.append(f"stages.{name}: {len(outcome.passed)} hold: {', '.join(outcome.passed)}")
         found.unchecked += [f"stages.{name}: {check}: {why}" for check, why in outcome.skipped.items()]
         found.problems += [f"stages.{name}: {check}: {text}" for check, text in outcome.broken.items()]
     return found
+
+
+def _launched(name: str, launch: Launch) -> list[str]:
+    """What one process without an engine cannot show."""
+    if launch.accelerate is None and launch.deepspeed is None and launch.processes == 1:
+        return []
+    how = launch.accelerate or launch.deepspeed or f"{launch.processes} processes"
+    return [f"stages.{name}: checked in one process, not under {how}: the run checks its first batch there"]
 
 
 def check_stage(spec: planning.StageSpec) -> Outcome:

@@ -2,12 +2,15 @@
 
 Upstream logs a NaN loss as 0 and trains on. Here every rank stops at the same place with exit code 6, whichever rank
 saw it; `nonfinite.json` in the stage's folder names the rows of the batch, and a checkpoint holds the state before it.
+
+A trainer that draws its own replies (PPO, RLOO, GRPO) says which prompts they answer (`step_rows`), how many optimizer
+steps it has taken in this step of the Trainer (`taken`), and what one row of the last batch does (`loss_alone`).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,12 +23,14 @@ from alignment.errors import NonFiniteError
 from alignment.pipeline import runs, seals
 from alignment.training import probe
 from alignment.training.ranks import largest
+from alignment.training.rewind import Beginning, Drawn
 
 ROW = "row"  # the column of the token table with the number of a row, as `alignment data show --row` takes it
 ROWS = "rows"  # in a batch: those of its rows
 RECORD = "nonfinite.json"
 SHOWN = 8  # rows in a message; the record has all
 TEXT = 60  # characters of a row's text in a message
+CAUSES = "a learning rate that is too high, rows without a trained token, a division by an empty mask"
 
 
 # --- which rows -------------------------------------------------------------------------------------------------------
@@ -51,7 +56,12 @@ def follow_rows(trainer: Trainer) -> None:
         trainer.data_collator = Numbered(trainer.data_collator)
 
 
-# --- the three things that are looked at ------------------------------------------------------------------------------
+def numbers(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which rows of the training table these are; none where it does not number them."""
+    return [row[ROW] for row in rows if ROW in row]
+
+
+# --- what is looked at ------------------------------------------------------------------------------------------------
 
 
 def require_finite_loss(trainer: Trainer, loss: Tensor) -> None:
@@ -85,8 +95,45 @@ def require_finite_gradients(trainer: Trainer) -> None:
         _stop(trainer, "a gradient is not finite though the loss is")
 
 
+def require_finite_rollout(trainer: Trainer, parts: Mapping[str, Tensor]) -> None:
+    """Stop all ranks before they learn from replies of which a number is not finite.
+
+    Args:
+        parts: by name, the numbers (B, ...) of the replies to the rows that `step_rows` ends with; what follows from
+            others stands after them, for the first that is not finite is named.
+
+    Raises:
+        NonFiniteError: with the rows.
+    """
+    broken = [(~torch.isfinite(part)).reshape(len(part), -1).any(dim=1) for part in parts.values()]
+    found = largest(torch.stack([rows.any() for rows in broken]).float()).nonzero()
+    if len(found):
+        first = int(found[0])
+        rows = trainer.step_rows[-1] if trainer.step_rows else []
+        hit = [row for row, bad in zip(rows, broken[first].tolist(), strict=True) if bad] if rows else []
+        _stop(trainer, f"{list(parts)[first]} of a reply are not finite", rows=hit)
+
+
+@contextmanager
+def together(trainer: Trainer) -> Iterator[None]:
+    """What one rank finds to be not finite while it scores stops all; every rank enters and leaves.
+
+    Raises:
+        NonFiniteError: with what the rank said.
+    """
+    said = ""
+    try:
+        yield
+    except NonFiniteError as error:
+        said = str(error)
+    if largest(torch.tensor(float(bool(said)), device=trainer.args.device)).item():
+        _stop(trainer, said, rows=[], causes="a reward model that was trained at too high a learning rate")
+
+
 def require_finite_weights(trainer: Trainer) -> None:
     """Stop before anything is saved if a weight is not finite, also one that no row has used (an embedding's).
+
+    And before replies are drawn: from such a model that fails in words of its own, on a device without a line.
 
     Raises:
         NonFiniteError: naming the weights.
@@ -117,33 +164,39 @@ def broken_weights(trainer: Trainer) -> list[str]:
 
 
 def _stop(
-    trainer: Trainer, what: str, loss: float | None = None, *, last_batch: bool = False, updated: bool = False
-) -> NoReturn:
+    trainer: Trainer, what: str, loss: float | None = None, *, last_batch: bool = False, updated: bool = False,
+    rows: Sequence[int] | None = None, causes: str = CAUSES,
+) -> NoReturn:  # fmt: skip
     """Find out which rows it was, keep a checkpoint, and leave; every rank is here.
 
     Args:
+        what: this rank's; empty where only another has seen it.
         loss: this rank's.
         last_batch: only the rows of the last forward pass matter, not all of the step.
         updated: the weights have changed already.
+        rows: those of this rank that are to blame, where that is known.
     """
-    step = trainer.state.global_step + 1
     broken = broken_weights(trainer)
     seen = list(getattr(trainer, "step_rows", ()))
-    mine = {"rank": trainer.args.process_index, "loss": loss, ROWS: [row for part in seen[-1:] if last_batch
-            for row in part] or [row for part in seen for row in part]}  # fmt: skip
+    mine: dict[str, Any] = {"rank": trainer.args.process_index, "loss": loss, "what": what}
+    mine[ROWS] = [row for part in (seen[-1:] if last_batch else seen) for row in part] if rows is None else list(rows)
     if last_batch and not broken:
         mine["alone"] = _alone(trainer, mine[ROWS])
     everyone = _gathered(trainer, mine | {"weights": broken})
-    guilty = [one for one in everyone if one["loss"] is None or not np.isfinite(one["loss"])]
-    kept = "" if broken or updated else _keep_checkpoint(trainer)
+    guilty = [one for one in everyone if one["what"] and (one["loss"] is None or not np.isfinite(one["loss"]))]
+    what = f"the loss is {guilty[0]['loss']:g}" if last_batch and guilty else guilty[0]["what"] if guilty else what
+    taken = getattr(trainer, "taken", 0)
+    kept = "" if broken or updated or taken else _keep_checkpoint(trainer)
+    step, finite = trainer.state.global_step, _callback(trainer)
+    inside = finite is None or finite.beginning is not None
     if trainer.args.process_index == 0:
-        runs.write_json(_folder(trainer) / RECORD, {"schema": 1, "step": step, "what": what, "ranks": everyone})
-    if last_batch and guilty:
-        what = f"the loss is {guilty[0]['loss']:g}"
+        record = {"schema": 1, "step": step + inside, "what": what, "ranks": everyone}
+        runs.write_json(_folder(trainer) / RECORD, record)
+    done = f"{taken} optimizer steps of it were made before" if taken else "nothing was updated"
     raise NonFiniteError(
-        f"step {step}: {what}; {'the update was made' if updated else 'nothing was updated'}. "
-        f"{_where(trainer, guilty, broken)}{RECORD} has all. {kept or _last_good(trainer)} Usual causes: a learning "
-        "rate that is too high, rows without a trained token, a division by an empty mask"
+        f"{'step' if inside else 'evaluation after step'} {step + inside}: {what}; "
+        f"{'the update was made' if updated else done}. "
+        f"{_where(trainer, guilty, broken)}{RECORD} has all. {kept or _last_good(trainer)} Usual causes: {causes}"
     )
 
 
@@ -157,7 +210,8 @@ def _where(trainer: Trainer, ranks: Sequence[Mapping[str, Any]], broken: Sequenc
         if not one[ROWS]:
             continue
         rank = f" of rank {one['rank']}" if trainer.args.world_size > 1 else ""
-        shown = ", ".join(map(str, one[ROWS][:SHOWN])) + " ..." * (len(one[ROWS]) > SHOWN)
+        rows = list(dict.fromkeys(one[ROWS]))  # a prompt may have several replies
+        shown = ", ".join(map(str, rows[:SHOWN])) + " ..." * (len(rows) > SHOWN)
         alone = one.get("alone") or []
         single = f"; alone, row {alone[0]} gives it too ({_text(trainer, alone[0])})" if alone else ""
         parts.append(f"rows {shown}{rank}{single}")
@@ -169,14 +223,18 @@ def _alone(trainer: Trainer, rows: Sequence[int]) -> list[int]:
     plugin = trainer.accelerator.state.deepspeed_plugin
     if not rows or (plugin is not None and plugin.zero_stage == 3):
         return []
+
+    def of_table(index: int) -> float:
+        return probe.measure(trainer, [trainer.train_dataset[_place(trainer, rows[index])]])["loss"]
+
+    loss_of: Callable[[int], float] = getattr(trainer, "loss_alone", of_table)
     count = int(largest(torch.tensor(float(len(rows)), device=trainer.args.device)).item())
     found = []
     with probe.untouched(trainer):
         for index in range(count):
-            row = rows[min(index, len(rows) - 1)]
-            loss = probe.measure(trainer, [trainer.train_dataset[_place(trainer, row)]])["loss"]
+            loss = loss_of(min(index, len(rows) - 1))
             if index < len(rows) and not np.isfinite(loss):
-                found.append(int(row))
+                found.append(int(rows[index]))
     return found
 
 
@@ -217,42 +275,43 @@ def _keep_checkpoint(trainer: Trainer) -> str:
 
     step, finite = trainer.state.global_step, _callback(trainer)
     path = _folder(trainer) / f"checkpoint-{step}"
-    if step == 0 or finite is None or (path / seals.SEALED).is_file():
+    if step == 0 or finite is None or finite.beginning is None or (path / seals.SEALED).is_file():
         return ""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Seal):
             callback.keep += 1  # an older one may be the better one: this update made the next loss what it is
-    finite.rewind()
+    finite.beginning.restore()
     trainer._save_checkpoint(trainer.model, trial=None)
     trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     return f"The state before it is in {path.name}."
 
 
 def _callback(trainer: Trainer) -> Finite | None:
-    found = [item for item in trainer.callback_handler.callbacks if isinstance(item, Finite) and item.keeps]
-    return found[0] if found else None
+    return next((item for item in trainer.callback_handler.callbacks if isinstance(item, Finite)), None)
 
 
 class Finite(TrainerCallback):
-    """Looks at the gradients of every step, and remembers where the random numbers stood when it began.
+    """Looks at the gradients of every step, and remembers where the run stood when it began."""
 
-    Args:
-        keeps: a checkpoint may be saved in the middle of a step (not where a step is several updates, or where replies
-            are drawn in it).
-    """
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.beginning: Beginning | None = None  # of the step in progress
+        self.epoch: Drawn | None = None
 
-    def __init__(self, trainer: Trainer, *, keeps: bool):
-        self.trainer, self.keeps = trainer, keeps
-        self.drawn: tuple[Any, ...] | None = None
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that goes on from the end of an epoch draws from here; a loader draws when it begins."""
+        between = state.epoch is not None and float(state.epoch).is_integer()
+        self.epoch = Drawn.now() if between else None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A new step: no rows yet."""
         self.trainer.step_rows = []
-        if self.keeps:
-            device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-            self.drawn = (random.getstate(), np.random.get_state(), torch.get_rng_state(), device)
+        self.beginning = Beginning(self.trainer, self.epoch or Drawn.now())
+        self.epoch = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -260,11 +319,6 @@ class Finite(TrainerCallback):
         """Before the weights change."""
         require_finite_gradients(self.trainer)
 
-    def rewind(self) -> None:
-        """The random numbers of the step's beginning: a run that goes on from here draws what this one drew."""
-        assert self.drawn is not None
-        random.setstate(self.drawn[0])
-        np.random.set_state(self.drawn[1])
-        torch.set_rng_state(self.drawn[2])
-        if self.drawn[3] is not None:
-            torch.cuda.set_rng_state(self.drawn[3])
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What comes now (an evaluation) is no part of a step."""
+        self.beginning = None

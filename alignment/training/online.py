@@ -27,6 +27,7 @@ from alignment.data import templates
 from alignment.errors import RecipeError, UserError
 from alignment.evaluation.judges import JudgeError, row_name
 from alignment.models.generation import positions, vocabulary_size
+from alignment.training import nonfinite
 from alignment.training.ranks import gather
 from alignment.training.rewards import RewardSource
 
@@ -48,6 +49,8 @@ class Online:
         RecipeError: batches, prompts or models that do not go together.
     """
 
+    step_rows: Sequence[Sequence[int]]
+
     def __init__(
         self,
         model: Any,
@@ -64,6 +67,7 @@ class Online:
         self.stops = templates.stop_ids(processing_class)
         self.samples: list[dict[str, Any]] = []  # of the last generation, for the log
         self._rows: Rows = []
+        self._last: dict[str, Any] = {}
         self._compared = False
         adapters = peft_config is not None or hasattr(model, "peft_config")
         if ref_model is None and args.beta and not adapters:
@@ -96,8 +100,26 @@ class Online:
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
         self._rows = inputs
+        if self.model.training:  # type: ignore[attr-defined]
+            nonfinite.require_finite_weights(self)
         result: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if nonfinite.ROW in inputs[0]:  # goes through TRL's shuffling and splitting with the replies
+            result[nonfinite.ROWS] = torch.tensor(nonfinite.numbers(inputs))
         return result
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if self.model.training and nonfinite.ROWS in found:  # type: ignore[attr-defined]
+            self.step_rows = [*self.step_rows, found[nonfinite.ROWS].tolist()]
+        self._last = found
+        return found
+
+    def loss_alone(self, place: int) -> float:
+        """The loss of one reply of the last forward pass by itself."""
+        one = {key: value[place : place + 1] if _has_rows(value) else value for key, value in self._last.items()}
+        self.model.eval()  # type: ignore[attr-defined]
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            return float(self.compute_loss(self.model_wrapped, one))  # type: ignore[attr-defined]
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """The ids that were checked and shown; upstream would write the `tools` of a row nowhere."""
@@ -119,7 +141,8 @@ class Online:
                 for index, prompt in enumerate(prompts)
             ]
             replies, finished = self._texts(completion_ids)
-            raw = source.score(rows, replies, finished)
+            with nonfinite.together(self):
+                raw = source.score(rows, replies, finished)
             if self.model.training:  # type: ignore[attr-defined]
                 source.normalizer.update(gather(raw))  # of all ranks, in one order
             if source.normalizer.kind != "none" and not np.isnan(raw).all():
@@ -216,7 +239,7 @@ class Online:
         return folder / f"replies-{accelerator.process_index}-of-{accelerator.num_processes}.pt"
 
     def controllers(self) -> dict[str, Any]:
-        """The position in the cycle of generations, its replies, the scales of the rewards, and the log's sums."""
+        """The position in the cycle of generations, its replies, the scales of the rewards, and what the log is due."""
         cycle = self.args.steps_per_generation * self.num_iterations  # type: ignore[attr-defined]
         return {
             "step": self._step,
@@ -224,13 +247,16 @@ class Online:
             "replies": self._buffered_inputs if self._step % cycle else None,
             "normalizers": {source.name: source.normalizer.state_dict() for source in self.sources},
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},  # type: ignore[attr-defined]
+            "samples": self.samples,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         for source in self.sources:
             source.normalizer.load_state_dict(state["normalizers"][source.name])
+        self._metrics["train"].clear()  # type: ignore[attr-defined]
         for name, values in state["metrics"].items():
             self._metrics["train"][name] = list(values)  # type: ignore[attr-defined]
+        self.samples = state.get("samples", [])  # a release without them wrote none in the lines before a generation
         replies = state["replies"]
         fits = replies is None or len(replies) == self.args.steps_per_generation  # type: ignore[attr-defined]
         if fits and state["rows"] == self.args.per_device_train_batch_size:  # type: ignore[attr-defined]
@@ -331,6 +357,10 @@ def _reference_is(reference: PreTrainedModel | None, trainer: Any) -> Iterator[N
         yield
     finally:
         module.create_model_from_path = loader  # type: ignore[attr-defined]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _dtype(model: Any) -> torch.dtype:

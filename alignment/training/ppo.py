@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from trl.models.utils import unwrap_model_for_generation
 
-from alignment.errors import NonFiniteError, RecipeError
+from alignment.errors import RecipeError
+from alignment.evaluation.metrics import Floats
 from alignment.models.generation import draw, pad_id
 from alignment.recipe.schema import Sampling
-from alignment.training import objectives, ppo_setup
+from alignment.training import nonfinite, objectives, ppo_setup
 from alignment.training.actor_critic import ActorCritic, Drawn, Output, read
 from alignment.training.ppo_checks import check_first_rollout
 from alignment.training.ppo_config import PPOConfig
@@ -88,6 +90,7 @@ class PPOTrainer(Checked, Trainer):
         self.stopped: str | None = None  # why the run ended early
         self.starts_at_reference = starts_at_reference
         self._checked = False
+        self.taken = 0  # optimizer steps of the update in progress
         self.module = ppo_setup.assemble(model, value_model, processing_class, args, peft_config)  # engines wrap it
         ppo_setup.require_reference(self.module, ref_model)
         super().__init__(
@@ -112,8 +115,12 @@ class PPOTrainer(Checked, Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Generate, score, estimate advantages, update; returns the mean loss of the update's minibatches."""
         model.train()
+        self.taken = 0
+        nonfinite.require_finite_weights(self)
         with self._seeded(self.state.global_step):
+            self.step_rows = [nonfinite.numbers(inputs["rows"])]
             rollout = self.rollout(model, inputs["rows"])
+            nonfinite.require_finite_rollout(self, rollout.parts())
             if not self._checked:
                 self._checked = True
                 check_first_rollout(self, model, rollout)
@@ -152,7 +159,10 @@ class PPOTrainer(Checked, Trainer):
 
     def _score(self, episodes: Episodes) -> Scores:
         """The reward of each finished text, (B,): sources combined, then the penalty for being cut."""
-        raw = {source.name: source.score(episodes.rows, episodes.texts, episodes.finished) for source in self.sources}
+        raw: dict[str, Floats] = {}
+        with nonfinite.together(self):
+            for source in self.sources:
+                raw[source.name] = source.score(episodes.rows, episodes.texts, episodes.finished)
         seen = {name: gather(values) for name, values in raw.items()}
         combined = combine(raw, weights(self.sources), normalizers(self.sources), seen=seen, rows=episodes.rows)
         if self.settings.missing_eos_penalty is not None:
@@ -223,6 +233,7 @@ class PPOTrainer(Checked, Trainer):
         for number, indices in enumerate(self._minibatches(len(rollout.episodes))):
             if number > 0:
                 self._optimizer_step(model)
+            self.taken, self.step_rows = number, []
             loss, approximate_kl = self._minibatch(model, rollout, indices)
             losses.append(loss)
             if self.settings.target_kl is not None and approximate_kl > self.settings.target_kl:
@@ -253,8 +264,10 @@ class PPOTrainer(Checked, Trainer):
             last = number == len(parts)
             self.accelerator.sync_gradients = last
             with self._no_sync(model) if not last else nullcontext():
+                self.step_rows = [*self.step_rows, nonfinite.numbers([rollout.episodes.rows[index] for index in part])]
+                self.loss_alone = partial(self._loss_of, model, rollout, part)
                 loss, stats, ratio = self._micro_batch(model, rollout, part, tokens)
-                self._require_finite(loss)
+                nonfinite.require_finite_loss(self, loss)  # DeepSpeed's engine updates in the backward pass
                 self._backward(loss * self.args.world_size)
             sums, highest = sums + stats, torch.maximum(highest, ratio)
         assert isinstance(sums, Tensor)
@@ -296,14 +309,9 @@ class PPOTrainer(Checked, Trainer):
             )  # fmt: skip
             return loss, torch.stack([objectives.masked_sum(number, mask) for number in numbers]), ratio.max()
 
-    def _require_finite(self, loss: Tensor) -> None:
-        # Before the backward pass: DeepSpeed's engine updates inside it.
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"update {self.state.global_step + 1}: the loss of a minibatch is {loss.item()}; run again from the "
-                "checkpoint. Usual causes: a learning rate that is too high, a reward that is not finite, "
-                "cliprange_value switched off"
-            )
+    def _loss_of(self, model: torch.nn.Module, rollout: Rollout, part: Sequence[int], place: int) -> float:
+        """The loss of one episode of a micro-batch by itself."""
+        return float(self._micro_batch(model, rollout, [part[place]], rollout.mask[part[place]].sum())[0])
 
     def _control_kl(self) -> None:
         """Adapt the KL coefficient, or end the run, on the KL of this update's rollout."""

@@ -27,7 +27,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def largest(value: Tensor) -> Tensor:
-    """The largest of a scalar tensor over all ranks."""
+    """The largest over all ranks, number by number."""
     if not _several():
         return value
     value = value.clone()

@@ -45,7 +45,7 @@ class Recorder:
 
     def state_dict(self) -> dict[str, list[float]]:
         """What was added and not yet written."""
-        return dict(self.numbers)
+        return {name: list(values) for name, values in self.numbers.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Go on from `state_dict`."""

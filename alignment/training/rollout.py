@@ -90,6 +90,13 @@ class Rollout:
     returns: Tensor  # (B, T)
     raw_advantages: Tensor  # (B, T) before whitening
 
+    def parts(self) -> dict[str, Tensor]:
+        """What the update learns from, by the words of a message; each after what it follows from."""
+        return {
+            "log-probabilities": self.log_probs, "the reference's log-probabilities": self.reference,
+            "values": self.values, "scores": self.scores, "returns": self.returns, "advantages": self.advantages,
+        }  # fmt: skip
+
 
 def completion_mask(completions: Sequence[Ids], device: torch.device) -> Tensor:
     """True where a completion has a token: (B, T)."""

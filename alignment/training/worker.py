@@ -110,7 +110,12 @@ def run_stage(spec: StageSpec, work: Callable[[StageSpec], None] | None = None) 
     Args:
         work: what is done with it; default: it is trained and published.
     """
-    return outcome.of(spec, lambda dog: _run(spec, dog) if work is None else work(spec), say=_say)
+    handlers = {number: signal.getsignal(number) for number in callbacks.STOPPING}
+    try:
+        return outcome.of(spec, lambda dog: _run(spec, dog) if work is None else work(spec), say=_say)
+    finally:  # in one process with others (`--smoke`), the next Ctrl-C is not this stage's
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
 
 
 def _say(text: str) -> None:
@@ -175,7 +180,7 @@ def _instrument(ctx: Context, trainer: Trainer) -> callbacks.Preemption:
     wait = ranks.meeting("sealed")
     for callback in (
         preemption,
-        nonfinite.Finite(trainer, keeps=row.schema != "prompts"),
+        nonfinite.Finite(trainer),
         invariants.FirstBatch(ctx, trainer, _say),
         early.Early(spec.stage, _say),
         callbacks.Log(spec.output / runs.LOG, getattr(trainer, "for_the_log", dict)),

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from alignment.training import nonfinite, trainers, worker
+from alignment.errors import NonFiniteError
+from alignment.training import nonfinite, ppo, rewards, trainers, worker
 
 
 def plant(fault: str, rank: int, step: int) -> None:
-    """NaN in the loss, in a gradient, or in a weight of one rank, at one step."""
+    """NaN in the loss, in a gradient, or in a weight of one rank, at one step; in PPO's loss, or one of its rewards."""
     mine = int(os.environ["RANK"]) == rank
     compute = trainers.SFTTrainer.compute_loss
     before = nonfinite.Finite.on_pre_optimizer_step
@@ -31,6 +32,26 @@ def plant(fault: str, rank: int, step: int) -> None:
             with torch.no_grad():
                 next(self.trainer.model.parameters())[-1] = float("nan")  # in the update itself
 
+    micro_batch, rollout, judge = ppo.PPOTrainer._micro_batch, ppo.PPOTrainer.rollout, rewards.judge_replies
+    at = [0]
+
+    def ppo_loss(self: Any, *args: Any) -> Any:
+        found = micro_batch(self, *args)
+        return (found[0] * float("nan"), *found[1:]) if mine and self.state.global_step == step - 1 else found
+
+    def ppo_rollout(self: Any, *args: Any) -> Any:
+        at[0] = self.state.global_step
+        return rollout(self, *args)
+
+    def reward(source: Any, rows: Any, *args: Any) -> Any:
+        if mine and at[0] == step - 1:
+            raise NonFiniteError(f"rewards: letters gave nan for {rewards.row_name(rows, 0)}")
+        return judge(source, rows, *args)
+
+    if fault == "ppo-loss":
+        ppo.PPOTrainer._micro_batch = ppo_loss
+    if fault == "ppo-reward":
+        ppo.PPOTrainer.rollout, rewards.judge_replies = ppo_rollout, reward
     trainers.SFTTrainer.compute_loss = loss
     nonfinite.Finite.on_pre_optimizer_step = weight
 

@@ -19,6 +19,7 @@ from alignment.pipeline import runs
 from alignment.recipe.algorithms import ALGORITHMS
 from alignment.recipe.invariants import INVARIANTS, SKIPPABLE
 from alignment.recipe.load import load_recipe
+from alignment.recipe.schema import Launch
 from alignment.training import assemble, builders, deep, invariants, probe, worker
 from alignment.training.context import Context
 from alignment.training.invariants import CHECKS, Outcome
@@ -463,6 +464,18 @@ def test_the_deep_checks_hold_on_a_clean_stage(name: str, tiny_run: Path, tiny_r
     assert "learning-rate-zero" in outcome.passed
     if name in ("sft", "dpo"):
         assert deeper <= set(outcome.passed)
+
+
+@pytest.mark.parametrize(
+    ("launch", "named"),
+    [({}, None), ({"processes": 2}, "2 processes"), ({"processes": 2, "deepspeed": "z.json"}, "z.json"),
+     ({"accelerate": "fsdp.yaml"}, "fsdp.yaml")],
+)  # fmt: skip
+def test_deep_says_what_one_process_cannot_show(launch: dict[str, Any], named: str | None) -> None:
+    lines = deep._launched("sft", Launch.model_validate(launch))
+    assert lines == ([] if named is None else [
+        f"stages.sft: checked in one process, not under {named}: the run checks its first batch there"
+    ])  # fmt: skip
 
 
 def test_deep_finds_what_moves_without_a_learning_rate(

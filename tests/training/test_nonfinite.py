@@ -98,6 +98,11 @@ def test_the_state_that_is_kept_goes_on_to_the_bit(
     run = run_recipe(recipe, tmp_path)
     ours, theirs = (load_file(folder / "sft" / "model.safetensors") for folder in (run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    mine, undisturbed = (
+        [{**json.loads(line), "time": None} for line in (folder / "sft" / runs.LOG).read_text().splitlines()]
+        for folder in (run, whole)
+    )
+    assert mine == undisturbed  # the sums of the step that went wrong are in no line
 
 
 def test_the_single_row_is_named(
@@ -145,21 +150,50 @@ def test_broken_weights_are_not_blamed_on_a_row(
     assert [path.name for path in seals.checkpoints(run / "sft")] == ["checkpoint-2"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["loss", "gradient", "weight"])
-def test_one_rank_stops_all(fault: str, root: Path, tiny_run: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe("sft", sft={"model": str(tiny_run / "base")}) | {"launch": {"processes": 2}}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    plan = planning.prepare(load_recipe(path), "sft", runs=tmp_path, run="x", recipe_path=path)
+def launched(fault: str, recipe: dict[str, Any], folder: Path, root: Path) -> tuple[planning.StagePlan, str]:
+    """A real launch of the recipe's one stage on two ranks, with a fault in the second one at step 4."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"launch": {"processes": 2}}, sort_keys=False))
+    (name,) = recipe["stages"]
+    plan = planning.prepare(load_recipe(path), name, runs=folder, run="x", recipe_path=path)
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--main_process_port", "0", str(PLANTED_WORKER), fault, "1", "4", str(planning.write_stage(plan.spec)),
     ]  # fmt: skip
     environment = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONPATH=str(root))
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    return plan, done.stdout + done.stderr
+
+
+ON_ONE_RANK = {
+    "ppo-loss": "step 4: the loss is nan; nothing was updated. It was in rows ",
+    "ppo-reward": "step 4: rewards: letters gave nan for row ",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ON_ONE_RANK)
+def test_one_rank_of_ppo_stops_all(fault: str, root: Path, tiny_run: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    """The other rank would wait for it in the next sum."""
+    train = {"max_steps": 5, "num_mini_batches": 1}
+    plan, said = launched(
+        fault, tiny_recipe("ppo", ppo={"model": str(tiny_run / "sft"), "train": train}), tmp_path, root
+    )
     status = runs.read_status(plan.spec.output)
-    assert (status["state"], status["code"]) == ("failed", ExitCode.NON_FINITE), done.stdout + done.stderr
+    assert (status["state"], status["code"]) == ("failed", ExitCode.NON_FINITE), said
+    record = json.loads((plan.spec.output / nonfinite.RECORD).read_text())
+    assert [one["rank"] for one in record["ranks"]] == [0, 1]
+    assert [path.name for path in seals.checkpoints(plan.spec.output)] == ["checkpoint-3", "checkpoint-2"]
+    assert "The state before it is in checkpoint-3" in status["message"]
+    assert status["message"].startswith(ON_ONE_RANK[fault])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["loss", "gradient", "weight"])
+def test_one_rank_stops_all(fault: str, root: Path, tiny_run: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    plan, said = launched(fault, tiny_recipe("sft", sft={"model": str(tiny_run / "base")}), tmp_path, root)
+    status = runs.read_status(plan.spec.output)
+    assert (status["state"], status["code"]) == ("failed", ExitCode.NON_FINITE), said
     assert "step 4: " in status["message"]
     found = [folder.name for folder in seals.checkpoints(plan.spec.output)]
     if fault == "weight":

@@ -334,8 +334,12 @@ def test_rloo_takes_the_kl_off_the_reward(make: Make, tiny_policy: Path) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reply_that_no_reward_applies_to_is_named(kind: str, make: Make) -> None:
-    with pytest.raises(JudgeError, match=r"none of letters applies to row 1 \(.*leave it out"):
-        make(kind, rewards=[source(function=lambda row, reply, done: math.nan)]).train()
+    trainer = make(kind, rewards=[source(function=lambda row, reply, done: math.nan)])
+    with pytest.raises(JudgeError, match=r"none of letters applies to row \d+ \(.*leave it out") as caught:
+        trainer.train()
+    number = int(str(caught.value).partition("applies to row ")[2].partition(" ")[0])
+    said = trainer.train_dataset[number]["prompt"][-1]["content"]  # the number is that of the table
+    assert f"row {number} ({said!r})" in str(caught.value)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make: Make) -> None:
         return rollout
 
     trainer._advantages = broken  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteError, match="update 1: the loss of a minibatch is nan"):
+    with pytest.raises(NonFiniteError, match="step 1: returns of a reply are not finite; nothing was updated"):
         trainer.train()
 
 

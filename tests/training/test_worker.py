@@ -379,3 +379,9 @@ def test_an_empty_weights_file_is_not_published(size: int, tmp_path: Path) -> No
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * size)
     with pytest.raises(ModelError, match=f"adapter_model.safetensors has {size} bytes"):
         _check_weights(tmp_path)
+
+
+def test_a_stage_gives_the_signals_back(tiny_run: Path, run_recipe: Callable[..., Path], tiny_recipe: Any) -> None:
+    before = [signal.getsignal(number) for number in callbacks.STOPPING]
+    run_recipe(tiny_recipe("sft", sft={"model": str(tiny_run / "base"), "train": {"max_steps": 1}}))
+    assert [signal.getsignal(number) for number in callbacks.STOPPING] == before
