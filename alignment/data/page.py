@@ -83,8 +83,8 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 def _source(source: Mapping[str, Any]) -> str:
     text = f"{source['source']}: {source['in']:,} read, {source['kept']:,} kept, format {source['format']}"
-    seen = [_counts(source[what]) for what in ("dropped", "changed", "findings") if source[what]]
-    return f"{text}; {', '.join(seen)}" if seen else text
+    words = {"dropped": "dropped: ", "changed": "", "findings": "found: "}
+    return "; ".join([text, *(f"{said}{_counts(source[what])}" for what, said in words.items() if source[what])])
 
 
 def _token_text(tokens: Mapping[str, Any], max_length: int | None) -> Iterator[str]:
