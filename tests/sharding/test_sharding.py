@@ -64,7 +64,7 @@ def test_a_few_combinations(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_every_combination(tmp_path: Path) -> None:
-    found = run(tmp_path, "*", timeout=3600)
+    found = run(tmp_path, "*", timeout=3 * 3600)
     assert set(found) == {cell.name for cell in (*cells.all_cells(), *cells.more_cells())}
     for cell in cells.all_cells():
         require(cell, found[cell.name])
