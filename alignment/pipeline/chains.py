@@ -24,7 +24,7 @@ from alignment.pipeline.seals import SEALED
 from alignment.recipe.algorithms import ALGORITHMS, Kind
 from alignment.recipe.checks import KIND_IN_WORDS
 from alignment.recipe.load import resolve
-from alignment.recipe.schema import Recipe, Stage, linked, pinned
+from alignment.recipe.schema import Recipe, Stage, is_commit, linked, pinned
 
 FORCE = "or go on all the same: --stage {stage} --force"
 REFERENCED = ("preference", "unpaired", "prompts")  # schemas of algorithms that start where an earlier one ended
@@ -230,7 +230,7 @@ def cautions(recipe: Recipe, name: str) -> list[str]:
 def _unpinned(name: str, stage: Stage) -> Iterator[str]:
     """What a stage loads from the hub at no commit of its own."""
     model, data = stage.model, stage.data
-    if model is not None and model.path is not None and not is_local(model.path) and not hub.is_commit(model.revision):
+    if model is not None and model.path is not None and not is_local(model.path) and not is_commit(model.revision):
         yield f"stages.{name}.model: {hub.advice(model.path, model.revision)}"
     for key, place, _ in _links(stage):
         if key != "model" and linked(place) is None and not is_local(place) and pinned(place)[1] is None:
@@ -240,7 +240,7 @@ def _unpinned(name: str, stage: Stage) -> Iterator[str]:
     moving: dict[str, str] = {}  # the first place of each
     for key, sources in rows.items():
         for index, source in enumerate(sources):
-            if not is_local(source.path) and not hub.is_commit(source.revision):
+            if not is_local(source.path) and not is_commit(source.revision):
                 moving.setdefault(source.path, f"{key}[{index}]")
     for path, key in moving.items():
         yield (

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def is_commit(revision: str | None) -> bool:
-    """Whether a revision names one state of a repository for good; a branch or a tag may move."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
+from alignment.recipe.schema import is_commit
 
 
 def snapshot(name: str, revision: str | None) -> Path | None:

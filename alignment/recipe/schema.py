@@ -92,10 +92,15 @@ def linked(text: str) -> str | None:
     return text.removeprefix(LINK) if text.startswith(LINK) else None
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state of a repository for good; a branch or a tag may move."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
 def pinned(text: str) -> tuple[str, str | None]:
     """The name and the commit of `org/name@commit`; a name or a folder as it is, and None."""
     name, _, commit = text.rpartition("@")
-    return (name, commit) if re.fullmatch("[0-9a-f]{40}", commit) else (text, None)
+    return (name, commit) if is_commit(commit) else (text, None)
 
 
 class Model(Section):

@@ -14,10 +14,11 @@ from typing import Any
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from alignment.errors import ChainError, UserError
-from alignment.pipeline import hub, runs, seals
+from alignment.pipeline import runs, seals
 from alignment.pipeline.files import read_json
 from alignment.pipeline.fingerprint import is_local
 from alignment.pipeline.plan import StageSpec
+from alignment.recipe.schema import is_commit
 from alignment.training.handoff import READY
 
 
@@ -42,7 +43,7 @@ def commit(spec: StageSpec, say: Callable[[str], None]) -> str | None:
                 f"--stage {spec.stage} --force"
             )
         now = began
-    elif now is not None and not hub.is_commit(model.revision):
+    elif now is not None and not is_commit(model.revision):
         say(f"  {model.path} is not pinned; for a result that can be repeated write `{model.path}@{now}`")
     for name, theirs in _neighbours(spec, model.path):
         if now is not None and theirs != now:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from alignment.models.adapters import lora_config, merge
 from alignment.models.load import compute_dtype, init_policy, load_policy, load_scorer, resize_embeddings
 from alignment.models.tokenizer import fit, load_tokenizer, train_tokenizer
 from alignment.recipe.schema import Quantization
+from alignment.training.context import Context
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -231,6 +233,11 @@ def test_a_hub_model_at_a_commit_is_that_commit(
     (tmp_path / "models--org--tiny" / "refs").mkdir()
     (tmp_path / "models--org--tiny" / "refs" / "main").write_text("b" * 40)
     assert load.snapshot("org/tiny", "a" * 40) == snapshots / ("a" * 40)
+    spec = SimpleNamespace(parents={"sft": tmp_path / "sft"})
+    context = Context(spec=spec, say=print, compute=torch.float32)  # type: ignore[arg-type]
+    assert context.path_of(f"org/tiny@{'a' * 40}") == snapshots / ("a" * 40)
+    assert context.path_of("org/tiny") == Path("org/tiny")
+    assert context.path_of("stage:sft") == tmp_path / "sft"
     with pytest.raises(
         ModelError, match=f"^org/tiny@{'c' * 40}: cannot be had from the hub .Cannot find an appropriate"
     ):

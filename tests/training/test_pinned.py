@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from alignment.errors import ExitCode
 from alignment.models.load import load_policy
-from alignment.pipeline import chains, hub, runs
+from alignment.pipeline import chains, runs
 from alignment.recipe.load import load_recipe
+from alignment.recipe.schema import is_commit
 from alignment.training import readback, trainers
 
 NAME = "org/tiny"
@@ -195,5 +196,5 @@ def test_the_plan_says_it_of_reward_models_too(cache: Path, named: str, noted: s
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", OLD[:39], OLD.upper()])
 def test_only_a_full_hash_is_a_commit(revision: str | None) -> None:
-    assert hub.is_commit(OLD)
-    assert not hub.is_commit(revision)
+    assert is_commit(OLD)
+    assert not is_commit(revision)
