@@ -44,9 +44,11 @@ def _float32_where_trained(trainer: Trainer) -> None:
     """AdamW on bfloat16 weights loses most of its updates: at learning rate 5e-7, 99 of 100.
 
     TRL casts a quantized model's adapter to bfloat16. DeepSpeed keeps a float32 master, but without bf16 it leaves the
-    weights as they come: those that passes see and that are saved would be rounded. What ZeRO-3 has cut already was
-    made in the right dtype.
+    weights as they come: those that passes see and that are saved would be rounded. With bf16 they stay as they come:
+    beside weights that were cut while they were loaded, a head or an embedding in float32 could not be computed with.
     """
+    if trainer.is_deepspeed_enabled and trainer.args.bf16:
+        return
     for name, parameter in trainer.model.named_parameters():
         if hasattr(parameter, "ds_id"):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,9 @@ def all_cells() -> list[Cell]:
 def more_cells() -> list[Cell]:
     """Beside the table: embeddings that grow, and bfloat16 as it is used on GPUs."""
     half = {"compute": "bfloat16", "weights": "bfloat16"}
-    return [
-        *(Cell("sft", tuning, sharding, added=True) for tuning in TUNINGS[:2] for sharding in ("zero2", "zero3")),
-        *(Cell("sft", tuning, sharding, **half) for tuning in TUNINGS for sharding in ("zero2", "zero3")),
-        *(Cell(algorithm, "lora", "zero3", **half) for algorithm in ("reward", "dpo", "ppo")),
-    ]
+    grown = [Cell("sft", tuning, sharding, added=True) for tuning in TUNINGS[:2] for sharding in ("zero2", "zero3")]
+    plain = [Cell(a, t, s) for a in ALGORITHMS for t in TUNINGS for s in ("zero2", "zero3")]
+    return [*grown, *(replace(cell, **half) for cell in (*plain, *grown))]
 
 
 def recipe(cell: Cell, folder: Path, *, processes: int, per_device: int) -> dict[str, Any]:

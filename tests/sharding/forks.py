@@ -76,11 +76,15 @@ def _become(spec: planning.StageSpec, inside: Inside, variables: dict[str, str])
     """This forked process is a rank from here to its end."""
     code = 1
     try:
+        import torch
+
         file = os.open(spec.output / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ.clear()
         os.environ.update(variables)
+        # After a fork torch replaces its pool of threads at the first use: not while Transformers loads with several.
+        torch.set_num_threads(torch.get_num_threads())
         code = inside(spec, int(variables.get("RANK", "0")))
     except BaseException:
         import traceback

@@ -61,19 +61,24 @@ def test_a_few_combinations(tmp_path: Path) -> None:
         require(cell, found[cell.name])
 
 
+@pytest.mark.ci_slow
+@needs_compiler
+def test_bfloat16_under_zero3_with_weights_that_were_made_after_loading(tmp_path: Path) -> None:
+    """Beside weights that were cut, a fresh head or grown embeddings in float32 could not be computed with."""
+    some = [Cell("reward", "lora", "zero3", compute="bfloat16", weights="bfloat16"),
+            Cell("sft", "full", "zero3", added=True, compute="bfloat16", weights="bfloat16")]  # fmt: skip
+    found = run(tmp_path, *(cell.name for cell in some), timeout=400)
+    for cell in some:
+        require(cell, found[cell.name])
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_every_combination(tmp_path: Path) -> None:
     found = run(tmp_path, "*", timeout=3 * 3600)
     assert set(found) == {cell.name for cell in (*cells.all_cells(), *cells.more_cells())}
-    for cell in cells.all_cells():
+    for cell in (*cells.all_cells(), *cells.more_cells()):
         require(cell, found[cell.name])
-    for cell in cells.more_cells():
-        if cell.compute == "float32":
-            require(cell, found[cell.name])
-            continue
-        for action in ("train", "save", "resume"):  # bfloat16: no parity, but it must work
-            assert found[cell.name][action].get("code", 0) == 0, (cell.name, found[cell.name])
 
 
 def test_the_record_says_of_nearly_all_and_the_page_shows_it() -> None:
