@@ -88,7 +88,7 @@ def test_the_record_says_of_nearly_all_and_the_page_shows_it() -> None:
     assert verdicts.written_into(page, recorded) == page
     told = [
         (verdicts.verdict(cell, recorded["cells"].get(cell.name, {}), action), cell, action)
-        for cell in cells.all_cells()
+        for cell in (*cells.all_cells(), *cells.more_cells())
         for action in cells.ACTIONS
     ]
     assert [(cell.name, action) for word, cell, action in told if word == "wrong"] == []
