@@ -30,13 +30,13 @@ def faults(cell: Cell, result: dict[str, Any], action: str) -> list[str]:
         return [str(result.get("error", "not run"))]
     found = result[action]
     half = cell.compute != "float32"
-    parity = ROUNDED["parity"] if half else OFFLOADED if cell.sharding.endswith("offload") else PARITY
     if found.get("code", 0) != 0:
         return [f"exit code {found['code']}: {found.get('said', '')}"]
     if action == "train":
         # PPO's critic is nearly fitted after these steps: its gradient is then small beside what bfloat16 rounds.
         compared = ("loss",) if half and cell.algorithm == "ppo" else ("loss", "grad_norm")
-        apart = [f"{key} differs by {found[key]:.2g}" for key in compared if not found[key] <= parity]
+        limit = ROUNDED["parity"] if half else OFFLOADED if cell.sharding.endswith("offload") else PARITY
+        apart = [f"{key} differs by {found[key]:.2g}" for key in compared if not found[key] <= limit]
         return [*apart, *(line for rank in found["ranks"] for line in _shares(cell, rank, len(found["ranks"])))]
     if action == "accumulate":
         most = max(found["loss"], found["grad_norm"])
